@@ -1,0 +1,96 @@
+"""The gradients of ``ops``: exact gradients of the pruned function, the mask being piecewise constant.
+
+With ``y = unpack(packed, metadata)`` and ``out = y W2.T + b2``::
+
+    d packed = gather(dout W2, metadata)                         sampled_mm: the entries that were dropped are not needed
+    d W2     = dout.T y                                          dense, exact
+    d h      = unpack(d packed * 2 relu(h), metadata)            relu(h) = sqrt(packed), so h itself is not kept
+
+Saved for backward are ``packed``, ``metadata`` and the weight: 1.125 bytes a hidden element in bf16, where the dense
+form keeps four. Taking ``sqrt(packed)`` loses nothing in bf16 and fp32 (squaring and rounding moves a value by less than
+the root brings back), as long as the square neither overflows nor underflows; in fp16 it underflows gradually below
+``relu(h) = 2**-7``, where the gradient's factor is off by up to ``2**-12``.
+
+An entry that was kept although ``relu(h)`` is zero (a group with fewer than two positive entries) multiplies its gradient
+by zero. So a NaN or an infinity in ``dout`` reaches ``d h`` there as NaN, where dense ReLU would drop it; it reaches no
+entry that was not kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ao_act24 import ops
+
+
+def _matmul_weight_grad(grad: Tensor, dense: Tensor) -> Tensor:
+    """``grad.T @ dense`` over all tokens: ``[..., D]`` and ``[..., H]`` to ``[D, H]``."""
+    return grad.reshape(-1, grad.shape[-1]).t() @ dense.reshape(-1, dense.shape[-1])
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    packed, metadata = output
+    ctx.save_for_backward(packed, metadata)
+    ctx.mark_non_differentiable(metadata)
+
+
+def _relu2_sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "ao_act24::relu2_sparsify has no second derivative: create_graph=True is not supported through it"
+        )
+    packed, metadata = ctx.saved_tensors
+    return ops.unpack(grad_packed * (packed.sqrt() * 2), metadata)
+
+
+def _sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:
+    return ops.unpack(grad_packed, ctx.saved_tensors[1])
+
+
+def _save_metadata(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _gather_backward(ctx: Any, grad_packed: Tensor) -> tuple[Tensor, None]:
+    return ops.unpack(grad_packed, *ctx.saved_tensors), None
+
+
+def _unpack_backward(ctx: Any, grad_dense: Tensor) -> tuple[Tensor, None]:
+    return ops.gather(grad_dense, *ctx.saved_tensors), None
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _sparse_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+    packed, metadata, weight = ctx.saved_tensors
+    need_packed, _, need_weight, need_bias = (*ctx.needs_input_grad, False)[:4]
+    return (
+        ops.sampled_mm(grad, weight, metadata) if need_packed else None,
+        None,
+        _matmul_weight_grad(grad, ops.unpack(packed, metadata)) if need_weight else None,
+        grad.sum_to_size(grad.shape[-1:]) if need_bias else None,
+    )
+
+
+def _sampled_mm_backward(ctx: Any, grad_packed: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    grad, weight, metadata = ctx.saved_tensors
+    need_grad, need_weight, _ = ctx.needs_input_grad
+    return (
+        ops.sparse_mm(grad_packed, metadata, weight) if need_grad else None,
+        _matmul_weight_grad(grad, ops.unpack(grad_packed, metadata)) if need_weight else None,
+        None,
+    )
+
+
+for _name, _backward, _setup in (
+    ("relu2_sparsify", _relu2_sparsify_backward, _save_packed),
+    ("sparsify", _sparsify_backward, _save_packed),
+    ("gather", _gather_backward, _save_metadata),
+    ("unpack", _unpack_backward, _save_metadata),
+    ("sparse_mm", _sparse_mm_backward, _save_inputs),
+    ("sampled_mm", _sampled_mm_backward, _save_inputs),
+):
+    torch.library.register_autograd(f"ao_act24::{_name}", _backward, setup_context=_setup)

@@ -1,0 +1,20 @@
+"""The one set of options, taken by every way in."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Act24Config:
+    """Options of the rewrite.
+
+    Attributes:
+        emulate: run the 2:4 semantics also on devices that have no fast kernel, through the reference implementation.
+            It computes exactly what a kernel would, slower than dense: for studying accuracy, not for speed. The CPU
+            always runs the reference.
+    """
+
+    emulate: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.emulate, bool):
+            raise TypeError(f"emulate must be True or False, got {self.emulate!r}")

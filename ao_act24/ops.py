@@ -1,0 +1,197 @@
+"""The operators ``torch.ops.ao_act24.*``: schema, fake, implementation and autocast. Their gradients are in ``autograd``.
+
+    relu2_sparsify(h)                             -> packed, metadata      relu(h)**2, two of every four kept
+    sparsify(dense)                               -> packed, metadata      the two of largest magnitude kept
+    gather(dense, metadata)                       -> packed                the entries that metadata keeps
+    unpack(packed, metadata)                      -> dense                 the inverse: zeros elsewhere
+    sparse_mm(packed, metadata, weight, bias)     -> out                   unpack(packed, metadata) @ weight.T + bias
+    sampled_mm(grad, weight, metadata)            -> packed                gather(grad @ weight, metadata)
+
+``[..., H]`` dense tensors have H divisible by 4; leading dimensions are tokens; ``packed`` is ``[..., H / 2]``, ``weight``
+``[D, H]``, ``out`` and ``grad`` ``[..., D]``; ``metadata`` is described in ``kernels.layout``. All are functional, take
+bfloat16, float16, float32 and float64 and any strides, and raise ``TypeError`` or ``ValueError`` naming the argument that is wrong.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ao_act24.kernels import layout, reference
+
+_lib = torch.library.Library("ao_act24", "DEF")
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    torch._check_type(
+        tensor.dtype in DTYPES,
+        lambda: f"{name} must have dtype bfloat16, float16, float32 or float64, got {tensor.dtype}",
+    )
+    torch._check_value(tensor.dim() >= 1, lambda: f"{name} must have at least one dimension, got a scalar")
+
+
+def _same(name: str, got: Tensor, other_name: str, other: Tensor) -> None:
+    torch._check_type(
+        got.dtype == other.dtype,
+        lambda: f"{name} must have the dtype of {other_name}, {other.dtype}, got {got.dtype}",
+    )
+    torch._check_value(
+        got.device == other.device,
+        lambda: f"{name} must be on the device of {other_name}, {other.device}, got {got.device}",
+    )
+
+
+def _check_hidden(name: str, dense: Tensor) -> None:
+    _floating(name, dense)
+    torch._check_value(
+        dense.shape[-1] % 4 == 0, lambda: f"the last dimension of {name} must be divisible by 4, got {dense.shape[-1]}"
+    )
+
+
+def _check_metadata(metadata: Tensor, tokens: torch.Size, hidden_dim: int, device: torch.device) -> None:
+    torch._check_type(metadata.dtype == torch.uint8, lambda: f"metadata must have dtype uint8, got {metadata.dtype}")
+    torch._check_value(
+        metadata.device == device, lambda: f"metadata must be on the other tensors' device, {device}, got {metadata.device}"
+    )
+    want = (*tokens, layout.metadata_bytes(hidden_dim))
+    torch._check_value(
+        metadata.dim() == len(want) and all(got == size for got, size in zip(metadata.shape, want)),
+        lambda: f"metadata must have shape {tuple(want)} for a hidden size of {hidden_dim}, got {tuple(metadata.shape)}",
+    )
+
+
+def _check_packed(packed: Tensor, metadata: Tensor) -> None:
+    _floating("packed", packed)
+    torch._check_value(
+        packed.shape[-1] % 2 == 0, lambda: f"the last dimension of packed must be even, got {packed.shape[-1]}"
+    )
+    _check_metadata(metadata, packed.shape[:-1], packed.shape[-1] * 2, packed.device)
+
+
+def _check_weight(weight: Tensor, dim: int, size: int, size_of: str) -> None:
+    torch._check_value(weight.dim() == 2, lambda: f"weight must be [D, H], got shape {tuple(weight.shape)}")
+    torch._check_value(
+        weight.shape[dim] == size,
+        lambda: f"weight must be [D, H] with {'DH'[dim]} = {size} as in {size_of}, got shape {tuple(weight.shape)}",
+    )
+
+
+def _check_gather(dense: Tensor, metadata: Tensor) -> None:
+    _check_hidden("dense", dense)
+    _check_metadata(metadata, dense.shape[:-1], dense.shape[-1], dense.device)
+
+
+def _check_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    _check_packed(packed, metadata)
+    _check_weight(weight, 1, packed.shape[-1] * 2, "packed")
+    _same("weight", weight, "packed", packed)
+    if bias is not None:
+        torch._check_value(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            lambda: f"bias must have shape ({weight.shape[0]},) as weight has rows, got {tuple(bias.shape)}",
+        )
+        _same("bias", bias, "packed", packed)
+
+
+def _check_sampled_mm(grad: Tensor, weight: Tensor, metadata: Tensor) -> None:
+    _floating("grad", grad)
+    _check_weight(weight, 0, grad.shape[-1], "grad")
+    _same("weight", weight, "grad", grad)
+    torch._check_value(
+        weight.shape[1] % 4 == 0, lambda: f"the last dimension of weight must be divisible by 4, got {weight.shape[1]}"
+    )
+    _check_metadata(metadata, grad.shape[:-1], weight.shape[1], grad.device)
+
+
+def _fake_pack(dense: Tensor) -> tuple[Tensor, Tensor]:
+    *tokens, hidden_dim = dense.shape
+    metadata = dense.new_empty((*tokens, layout.metadata_bytes(hidden_dim)), dtype=torch.uint8)
+    return dense.new_empty((*tokens, hidden_dim // 2)), metadata
+
+
+def _define(
+    schema: str, check: Callable[..., None], implementation: Callable[..., object], fake: Callable[..., object]
+) -> None:
+    """Register one operator; the implementation and the fake both check their arguments first."""
+
+    def checked(run: Callable[..., object]) -> Callable[..., object]:
+        def call(*args):  # type: ignore[no-untyped-def]
+            check(*args)
+            return run(*args)
+
+        return call
+
+    name = _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, checked(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ao_act24::{name}", checked(fake), lib=_lib)
+
+
+_define(
+    "relu2_sparsify(Tensor h) -> (Tensor packed, Tensor metadata)",
+    lambda h: _check_hidden("h", h),
+    reference.relu2_sparsify,
+    _fake_pack,
+)
+_define(
+    "sparsify(Tensor dense) -> (Tensor packed, Tensor metadata)",
+    lambda dense: _check_hidden("dense", dense),
+    reference.sparsify,
+    _fake_pack,
+)
+_define(
+    "gather(Tensor dense, Tensor metadata) -> Tensor",
+    _check_gather,
+    reference.gather,
+    lambda dense, metadata: dense.new_empty((*dense.shape[:-1], dense.shape[-1] // 2)),
+)
+_define(
+    "unpack(Tensor packed, Tensor metadata) -> Tensor",
+    _check_packed,
+    reference.unpack,
+    lambda packed, metadata: packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2)),
+)
+_define(
+    "sparse_mm(Tensor packed, Tensor metadata, Tensor weight, Tensor? bias=None) -> Tensor",
+    _check_sparse_mm,
+    reference.sparse_mm,
+    lambda packed, metadata, weight, bias=None: packed.new_empty((*packed.shape[:-1], weight.shape[0])),
+)
+_define(
+    "sampled_mm(Tensor grad, Tensor weight, Tensor metadata) -> Tensor",
+    _check_sampled_mm,
+    reference.sampled_mm,
+    lambda grad, weight, metadata: grad.new_empty((*grad.shape[:-1], weight.shape[1] // 2)),
+)
+
+
+def _define_autocast(name: str, device_type: str) -> None:
+    """Under autocast a matmul runs in the autocast dtype, as F.linear does; the packing ops keep their input's."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+    op = getattr(torch.ops.ao_act24, name)
+
+    def autocast(*args):  # type: ignore[no-untyped-def]
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(arg: object) -> object:
+            eligible = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+            return arg.to(dtype) if eligible and arg.device.type == device_type else arg  # type: ignore[attr-defined]
+
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(*map(cast, args))
+
+    _lib.impl(name, autocast, f"Autocast{device_type.upper()}")
+
+
+for _name in ("sparse_mm", "sampled_mm"):
+    for _device_type in ("cpu", "cuda"):
+        _define_autocast(_name, _device_type)
+
+relu2_sparsify = torch.ops.ao_act24.relu2_sparsify
+sparsify = torch.ops.ao_act24.sparsify
+gather = torch.ops.ao_act24.gather
+unpack = torch.ops.ao_act24.unpack
+sparse_mm = torch.ops.ao_act24.sparse_mm
+sampled_mm = torch.ops.ao_act24.sampled_mm

@@ -1,0 +1,5 @@
+"""Kernels of ao_act24: tensors and pointers in, tensors out. Nothing here knows graphs or autograd.
+
+``layout``     how 2:4 metadata is stored, once
+``reference``  the semantics of every op in plain torch: the oracle that each fast kernel is held to, bit by bit
+"""

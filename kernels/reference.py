@@ -1,0 +1,75 @@
+"""The semantics of every op in plain torch: slow, readable, and the oracle for every kernel.
+
+Shapes: ``h`` is ``[..., H]`` with H divisible by 4, ``packed`` ``[..., H / 2]``, ``metadata`` as in ``layout``,
+``weight`` ``[D, H]``. Leading dimensions are tokens. Inputs are floating point and already checked (``ops`` does it).
+
+Method: "Accelerating Transformer Inference and Training with 2:4 Activation Sparsity", arXiv 2503.16672.
+"""
+
+import torch
+from torch import Tensor
+
+from . import layout
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for everything up to fp32, fp64 for fp64 (which only gradient checks use)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def two_largest(key: Tensor) -> Tensor:
+    """Positions of the two largest of every four neighbours: ``[..., H]`` to ``[..., H / 4, 2]``, ascending.
+
+    On a tie the lower position wins. NaN counts as larger than anything.
+    """
+    groups = key.unflatten(-1, (key.shape[-1] // 4, 4))
+    order = groups.sort(dim=-1, descending=True, stable=True).indices  # torch sorts NaN first when descending
+    return order[..., :2].sort(dim=-1).values
+
+
+def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
+    """``relu(h)**2``, of every four neighbours the two with the largest ``relu(h)``. Returns ``packed, metadata``.
+
+    The square is taken in fp32 and rounded once to the dtype of ``h``. Zeros are ``+0``.
+    """
+    relu = h.clamp_min(0)
+    index = two_largest(relu)
+    square = relu.to(accumulation_dtype(h.dtype)).square().to(h.dtype)
+    return take(square, index), layout.encode(index)
+
+
+def sparsify(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every four neighbours the two of largest magnitude, values unchanged. Returns ``packed, metadata``."""
+    index = two_largest(dense.abs())
+    return take(dense, index), layout.encode(index)
+
+
+def take(dense: Tensor, index: Tensor) -> Tensor:
+    """The entries of ``dense [..., H]`` at ``index [..., H / 4, 2]``, as ``[..., H / 2]``."""
+    return dense.unflatten(-1, (dense.shape[-1] // 4, 4)).gather(-1, index).flatten(-2)
+
+
+def gather(dense: Tensor, metadata: Tensor) -> Tensor:
+    """The entries of ``dense [..., H]`` that ``metadata`` keeps, as ``[..., H / 2]``."""
+    return take(dense, layout.decode(metadata, dense.shape[-1] // 4))
+
+
+def unpack(packed: Tensor, metadata: Tensor) -> Tensor:
+    """The dense ``[..., H]`` tensor of ``packed, metadata``; entries that were not kept are ``+0``."""
+    pairs = packed.unflatten(-1, (packed.shape[-1] // 2, 2))
+    dense = packed.new_zeros(*pairs.shape[:-1], 4)
+    return dense.scatter(-1, layout.decode(metadata, pairs.shape[-2]), pairs).flatten(-2)
+
+
+def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``unpack(packed, metadata) @ weight.T + bias``: accumulated in fp32, rounded once. Returns ``[..., D]``."""
+    wide = accumulation_dtype(packed.dtype)
+    dense = unpack(packed, metadata).to(wide)
+    out = torch.nn.functional.linear(dense, weight.to(wide), None if bias is None else bias.to(wide))
+    return out.to(packed.dtype)
+
+
+def sampled_mm(grad: Tensor, weight: Tensor, metadata: Tensor) -> Tensor:
+    """``grad @ weight`` at the entries that ``metadata`` keeps: ``[..., D]`` and ``[D, H]`` to ``[..., H / 2]``."""
+    wide = accumulation_dtype(grad.dtype)
+    return gather(grad.to(wide) @ weight.to(wide), metadata).to(grad.dtype)

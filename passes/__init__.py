@@ -1,0 +1,50 @@
+"""FX graph in, FX graph out: find the sites, judge them, rewrite them, report. Knows graphs, knows no kernels.
+
+``vocabulary``   how operations are spelled
+``find``         every FFN-like site, near misses included
+``judge``        which of them may be rewritten
+``rewrite``      the surgery
+``report``       what was decided
+``show``         graphs as readable text
+``fingerprint``  what compiled code depends on beyond the graph
+"""
+
+from collections.abc import Iterator
+
+from torch.fx import Graph, GraphModule
+
+from ao_act24.config import Act24Config
+
+from .find import find_sites
+from .judge import judge
+from .report import Act24Warning, Report, Verdict, describe
+from .rewrite import rewrite
+
+__all__ = ["Act24Warning", "Report", "Verdict", "examine", "graph_modules", "rewrite_graph"]
+
+
+def rewrite_graph(graph: Graph, config: Act24Config) -> list[Verdict]:
+    """Rewrite every site of ``graph`` that can be, in place, and say what became of each."""
+    verdicts = []
+    for site in find_sites(graph):
+        reason = judge(site, config)
+        verdicts.append(describe(site, reason))
+        if not reason and not site.rewritten:
+            rewrite(site)
+    return verdicts
+
+
+def examine(module: GraphModule, config: Act24Config) -> list[Verdict]:
+    """What ``rewrite_graph`` would say of a module and every subgraph that it calls, without changing any."""
+    return [
+        describe(site, judge(site, config)) for graph in graph_modules(module) for site in find_sites(graph.graph)
+    ]
+
+
+def graph_modules(module: GraphModule) -> Iterator[GraphModule]:
+    """``module`` and every graph module that its graph refers to: bodies of checkpointed and other nested regions."""
+    yield module
+    for name in dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr"):
+        child = getattr(module, name, None)
+        if isinstance(child, GraphModule):
+            yield from graph_modules(child)

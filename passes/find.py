@@ -1,0 +1,377 @@
+"""Find every FFN-like site of a graph: Linear → activation → Linear, whatever the activation is.
+
+``find_sites`` only reads. It returns the sites that have the form of the paper, and beside them every near miss with
+the reason in words, so that a report can say why a block stayed dense.
+
+    h = linear(x, W1, b1)        any in-between nodes may follow: casts, views, dropout that does nothing
+    r = relu(h)                  or clamp, maximum, where, threshold
+    y = r * r                    or square, pow, h * relu(h), where(h > 0, h * h, 0)
+    out = linear(y, W2, b2)      or x @ W, mm, addmm
+"""
+
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from .vocabulary import (
+    Between,
+    Linear,
+    argument,
+    as_between,
+    as_linear,
+    is_number,
+    is_our_op,
+    is_zero,
+    mutates,
+    op_name,
+    value,
+)
+
+_ACTIVATIONS = {
+    "gelu", "silu", "relu", "leaky_relu", "elu", "celu", "selu", "relu6", "hardtanh", "hardswish", "mish", "softplus",
+    "tanh", "sigmoid", "logsigmoid", "prelu", "softsign", "clamp", "clamp_min", "maximum", "threshold", "pow", "square",
+}  # fmt: skip
+_NORMS = {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "rsqrt", "linalg_vector_norm", "norm"}
+
+
+@dataclass
+class Relu2:
+    """A recognised ``relu(h)**2``: where ``h`` enters it, and every node that it is made of."""
+
+    h: Node
+    inside: set[Node]  # relu, square, masks, and the in-between nodes of both kinds
+    before_square: list[Between] = field(default_factory=list)  # between relu and square, in order of execution
+    after_square: list[Between] = field(default_factory=list)  # between square and the consumer
+    in_place: bool = False  # overwrites h
+
+
+@dataclass
+class Site:
+    """One FFN-like place. ``reason`` is empty where nothing in the graph's form speaks against rewriting it."""
+
+    activation: str
+    node: Node  # the down projection; where there is none, the activation itself
+    down: Linear | None = None
+    up: Linear | None = None
+    relu2: Relu2 | None = None
+    reason: str = ""
+    rewritten: bool = False
+
+
+def find_sites(graph: Graph) -> list[Site]:
+    """All sites of one graph (not of its subgraphs), in order of execution."""
+    sites: list[Site] = []
+    claimed: set[Node] = set()
+    for node in graph.nodes:
+        site = _already_rewritten(node)
+        if site is None and (down := as_linear(node)):
+            site = _relu2_site(down) or _gated_site(down) or _other_site(down)
+        if site is not None:
+            sites.append(site)
+            claimed |= site.relu2.inside if site.relu2 else {site.node}
+    for node in graph.nodes:  # ReLU² that reaches no linear layer in a way that we can follow
+        if node not in claimed and (relu2 := match_relu2(node)) and not (relu2.inside & claimed):
+            claimed |= relu2.inside
+            up = _climb_to_linear(relu2.h)
+            if isinstance(up, Linear):
+                sites.append(Site("relu²", node, up=up, relu2=relu2, reason=_where_it_goes(node)))
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    return sorted(sites, key=lambda site: order[site.node])
+
+
+def _already_rewritten(node: Node) -> Site | None:
+    if not is_our_op(node, "sparse_mm"):
+        return None
+    packed = argument(node, 0, "packed")
+    while isinstance(packed, Node) and (between := as_between(packed)):
+        packed = between.input
+    sparsify = packed.args[0] if isinstance(packed, Node) and packed.args else None
+    if not isinstance(sparsify, Node) or not is_our_op(sparsify, "relu2_sparsify"):
+        return None
+    up = _climb_to_linear(argument(sparsify, 0, "h"))
+    down = Linear(node, sparsify, argument(node, 2, "weight"), argument(node, 3, "bias"), False)
+    return Site("relu²", node, down=down, up=up if isinstance(up, Linear) else None, rewritten=True)
+
+
+def _relu2_site(down: Linear) -> Site | None:
+    """The site whose down projection is ``down``, if its input is a ReLU²."""
+    steps, tail = _strip(down.input)
+    relu2 = match_relu2(tail)
+    if relu2 is None:
+        return None
+    relu2.after_square = steps
+    relu2.inside |= {step.node for step in steps}
+    up = _climb_to_linear(relu2.h)
+    site = Site("relu²", down.node, down=down, relu2=relu2)
+    if isinstance(up, Linear):
+        site.up = up
+    site.reason = up if isinstance(up, str) else _second_consumer(relu2, down) or _in_place(relu2) or _dropout(relu2)
+    return site
+
+
+def _gated_site(down: Linear) -> Site | None:
+    """``relu²(gate) * up`` in either order, and a ReLU² that a constant or a vector scales or shifts."""
+    scaled, node = [], _strip(down.input)[1]
+    while op_name(node) in ("mul", "add", "sub", "truediv"):
+        factors = [arg for arg in node.args[:2] if isinstance(arg, Node) and getattr(value(arg), "ndim", 2) >= 2]
+        for factor in factors:
+            relu2 = match_relu2(_strip(factor)[1])
+            if relu2 is None:
+                continue
+            up = _climb_to_linear(relu2.h)
+            site = Site("", down.node, down=down, up=up if isinstance(up, Linear) else None, relu2=relu2)
+            if len(factors) == 1:
+                steps = ", ".join([op_name(node), *scaled])
+                site.activation = "scaled relu²"
+                site.reason = f"the activation is scaled or shifted ({steps}) before the down projection: fold a factor into its weight"
+            elif any(other in relu2.inside for other in factors if other is not factor):
+                site.activation = "relu to the power 3"
+                site.reason = "the activation is relu to the power 3, not relu²"
+            elif op_name(node) == "mul":
+                site.activation = "gated relu²"
+                site.reason = "gated ReLU², relu²(gate) * up, is not supported yet: it stays dense"
+            else:
+                continue
+            return site
+        if len(factors) != 1:
+            return None
+        scaled.append(op_name(node))
+        node = _strip(factors[0])[1]
+    return None
+
+
+def _other_site(down: Linear) -> Site | None:
+    """A down projection behind another activation, or None if no linear layer feeds it through pointwise steps."""
+    _, tail = _strip(down.input)
+    name, names, up = op_name(tail), [], None
+    for candidate in tail.args[:2] if name == "mul" else (tail,):
+        if isinstance(candidate, Node):
+            found, source = _activation(_strip(candidate)[1])
+            if found and isinstance(linear := _climb_to_linear(source), Linear):
+                names.append(found)
+                up = linear
+    if up is None:
+        return None
+    activation = " * ".join(names) if name != "mul" else f"gated {names[0]}"
+    reason = f"the activation is {activation}, not relu²"
+    if activation in ("relu", "clamp", "clamp_min", "maximum"):
+        reason = "the activation is ReLU without the square: it is not the function that 2:4 was shown to leave intact"
+    return Site(activation, down.node, down=down, up=up, reason=reason)
+
+
+def _activation(node: Node) -> tuple[str, Node]:
+    """The name of a pointwise activation and its input; an empty name if ``node`` is none."""
+    name = op_name(node).rstrip("_")
+    source = argument(node, 0, "input") if name in _ACTIVATIONS else None
+    if not isinstance(source, Node):
+        return "", node
+    if name not in ("pow", "square"):
+        return name, source
+    exponent = 2 if name == "square" else argument(node, 1, "exponent")
+    inner, inner_source = _activation(_strip(source)[1])
+    return (f"{inner} to the power {exponent}", inner_source) if inner else (f"power {exponent}", source)
+
+
+def _strip(node: Node) -> tuple[list[Between], Node]:
+    """Walk up through in-between nodes. Returns them in order of execution, and the node that they start from."""
+    steps: list[Between] = []
+    while between := as_between(node):
+        steps.insert(0, between)
+        node = between.input
+    return steps, node
+
+
+def match_relu2(node: Node) -> Relu2 | None:
+    """``relu(h)**2`` in any spelling, ending at ``node``."""
+    name = op_name(node)
+    if name in ("square", "square_"):
+        base = argument(node, 0, "input")
+    elif name in ("pow", "pow_") and is_number(argument(node, 1, "exponent"), 2):
+        base = argument(node, 0, "input")
+    elif name in ("mul", "mul_"):
+        base, other = argument(node, 0, "input"), argument(node, 1, "other")
+        if base is not other:
+            return _match_h_times_relu(node, base, other)
+    elif name == "where":
+        return _match_masked_square(node)
+    else:
+        return None
+    if not isinstance(base, Node):
+        return None
+    steps, tail = _strip(base)
+    relu = _match_relu(tail)
+    if relu is None:
+        return None
+    relu.inside |= {node, *(step.node for step in steps)}
+    relu.before_square = steps
+    return relu
+
+
+def _match_h_times_relu(node: Node, a: object, b: object) -> Relu2 | None:
+    """``h * relu(h)``, which differs from ReLU² only at -inf (NaN there, 0 here)."""
+    for h, factor in ((a, b), (b, a)):
+        if isinstance(factor, Node) and (relu := _match_relu(factor)) and relu.h is h and not relu.in_place:
+            relu.inside.add(node)
+            return relu
+    return None
+
+
+def _match_masked_square(node: Node) -> Relu2 | None:
+    """``where(h > 0, h * h, 0)``, which differs from ReLU² only at NaN (0 there, NaN here)."""
+    masked = _masked(node)
+    if masked is None:
+        return None
+    mask, kept, h = masked
+    name = op_name(kept)
+    squares = name == "square" or (name == "pow" and is_number(argument(kept, 1, "exponent"), 2))
+    if squares or (name == "mul" and kept.args[0] is kept.args[1]):
+        if argument(kept, 0, "input") is h:
+            return Relu2(h, {node, mask, kept, *_zeros(node)})
+    return None
+
+
+def _match_relu(node: Node) -> Relu2 | None:
+    """``relu(h)`` in any spelling; the square is the caller's."""
+    name = op_name(node)
+    h = argument(node, 0, "input") if name else None
+    if name in ("relu", "relu_"):
+        found = True
+    elif name in ("clamp_min", "clamp_min_"):
+        found = is_zero(argument(node, 1, "min"))
+    elif name in ("clamp", "clamp_"):
+        found = is_zero(argument(node, 1, "min")) and argument(node, 2, "max") is None
+    elif name in ("threshold", "threshold_"):
+        found = is_number(argument(node, 1, "threshold"), 0) and is_number(argument(node, 2, "value"), 0)
+    elif name in ("maximum", "max"):
+        other = argument(node, 1, "other")
+        if is_zero(h):
+            h, other = other, h
+        found = isinstance(other, Node) and is_zero(other)
+    elif name == "where":
+        masked = _masked(node)
+        return Relu2(masked[2], {node, masked[0], *_zeros(node)}) if masked and masked[1] is masked[2] else None
+    else:
+        found = False
+    if not found or not isinstance(h, Node):
+        return None
+    return Relu2(h, {node, *_zeros(node)}, in_place=mutates(node))
+
+
+def _masked(node: Node) -> tuple[Node, Node, Node] | None:
+    """``where(h > 0, kept, 0)``, also mirrored: the mask, ``kept`` and ``h``."""
+    mask, kept, zero = (argument(node, i, name) for i, name in enumerate(("condition", "input", "other")))
+    comparison = op_name(mask)
+    if comparison not in ("gt", "ge", "lt", "le"):
+        return None
+    left, right = argument(mask, 0, "input"), argument(mask, 1, "other")
+    if is_zero(left):  # 0 < h
+        left, right = right, left
+        comparison = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}[comparison]
+    if comparison in ("lt", "le"):
+        kept, zero = zero, kept
+    if not is_zero(right) or not is_zero(zero) or not isinstance(left, Node) or not isinstance(kept, Node):
+        return None
+    return mask, kept, left
+
+
+def _zeros(node: Node) -> set[Node]:
+    """The zero tensors that were built for ``node`` alone."""
+    return {arg for arg in node.all_input_nodes if is_zero(arg) and set(arg.users) == {node}}
+
+
+def _climb_to_linear(node: object) -> Linear | str:
+    """The linear layer that ``node`` comes from through in-between nodes and bias additions, or why there is none."""
+    while isinstance(node, Node):
+        if linear := as_linear(node):
+            return linear
+        name = op_name(node)
+        if between := as_between(node):
+            node = between.input
+        elif name == "add":
+            operands = [arg for arg in node.args[:2] if isinstance(arg, Node)]
+            biases = [arg for arg in operands if getattr(value(arg), "ndim", None) == 1]
+            if len(operands) != 2 or len(biases) != 1:
+                return (
+                    "the pre-activation is a sum, not the result of one linear layer: if this is a LoRA adapter, merge it "
+                    "into the base weight first"
+                )
+            node = operands[0] if operands[1] is biases[0] else operands[1]
+        elif name == "getitem" and op_name(node.args[0]) in ("chunk", "split"):
+            node = node.args[0].args[0]  # type: ignore[union-attr]
+        else:
+            break
+    what = op_name(node) or (node.op if isinstance(node, Node) else "a constant")
+    return f"the pre-activation does not come from a linear layer but from {what}"
+
+
+def _second_consumer(relu2: Relu2, down: Linear) -> str:
+    """Nobody else may see the activation: it no longer exists in dense form after the rewrite."""
+    for node in sorted(relu2.inside, key=str):
+        for user in node.users:
+            if user in relu2.inside or user is down.node:
+                continue
+            if user.op == "output":
+                return (
+                    f"the activation ({node.name}) is also an output of the graph: a hook, an auxiliary loss or a graph break "
+                    "keeps it; remove that use"
+                )
+            if as_linear(user):
+                return (
+                    f"the activation ({node.name}) also feeds another linear layer ({user.name}): if this is a LoRA adapter, "
+                    "merge it into the base weight first"
+                )
+            return f"the activation ({node.name}) is also used by {op_name(user) or user.name}: remove that use"
+    return ""
+
+
+def _in_place(relu2: Relu2) -> str:
+    """In-place steps are safe only if nothing else sees the tensor that they overwrite, under whatever view of it."""
+    aliases, node = {relu2.h}, relu2.h
+    while (between := as_between(node)) and between.kind in ("view", "identity"):
+        node = between.input
+        aliases.add(node)
+    queue = list(aliases)
+    while queue:
+        for user in queue.pop().users:
+            if user not in aliases | relu2.inside and (step := as_between(user)) and step.kind != "cast":
+                aliases.add(user)
+                queue.append(user)
+    for alias in sorted(aliases, key=str):
+        for user in alias.users:
+            if user in aliases or user in relu2.inside:
+                continue
+            if mutates(user):
+                return f"the pre-activation is changed in place by {op_name(user)}: use the out-of-place form"
+            if relu2.in_place:
+                return (
+                    f"ReLU works in place on a tensor that {op_name(user) or user.name} also sees: use the out-of-place form"
+                )
+    return ""
+
+
+def _dropout(relu2: Relu2) -> str:
+    active = [step for step in relu2.before_square + relu2.after_square if step.kind == "dropout"]
+    if not active:
+        return ""
+    return (
+        f"dropout ({active[0].node.name}) is active between ReLU² and the down projection: set its p to 0, move it behind "
+        "the down projection, or compile in eval mode"
+    )
+
+
+def _where_it_goes(node: Node) -> str:
+    """Why a ReLU² has no down projection that we recognise."""
+    users = list(node.users)
+    if any(user.op == "output" for user in users):
+        return "the activation is an output of this graph: a graph break or a checkpoint boundary follows it"
+    seen, queue = set(users), list(users)
+    while queue and len(seen) < 20:
+        user = queue.pop(0)
+        if as_linear(user):
+            continue
+        if op_name(user) in _NORMS:
+            return "a norm stands between ReLU² and the down projection: the zeros survive it, but this is another pattern"
+        queue += [u for u in user.users if u not in seen]
+        seen |= set(user.users)
+    names = ", ".join(op_name(user) or user.name for user in users) or "nothing"
+    return f"the activation does not go straight into a linear layer but into {names}"

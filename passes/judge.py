@@ -1,0 +1,61 @@
+"""Decide about a site that has the right form: do shapes, dtypes and devices allow 2:4, and is there code to run it?"""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ao_act24.config import Act24Config
+from ao_act24.ops import DTYPES
+
+from .find import Site
+from .vocabulary import same_size, submodule, value, weight_origin
+
+
+def judge(site: Site, config: Act24Config) -> str:
+    """The reason to leave ``site`` dense; empty if it is to be rewritten."""
+    if site.reason or site.rewritten:
+        return site.reason
+    assert site.relu2 is not None and site.down is not None
+    h, (weight, _) = value(site.relu2.h), down_weight(site)
+    for name, tensor in (("the hidden activation", h), ("the down projection's weight", weight)):
+        if tensor is not None and is_traceable_wrapper_subclass(tensor):
+            return f"{name} is a {type(tensor).__name__}: 2:4 works on plain tensors only"
+    hidden_dim = hidden_size(site)
+    if hidden_dim is None:
+        return "the hidden size is not known from the graph"
+    if not same_size(hidden_dim % 4, 0):
+        return f"the hidden size must be divisible by 4, got {hidden_dim}"
+    like = h if h is not None else weight
+    if like is None:
+        return "the dtype is not known from the graph"
+    if like.dtype not in DTYPES:
+        return f"the activation must have dtype {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {like.dtype}"
+    return why_dense(like.device, config)
+
+
+def why_dense(device: torch.device, config: Act24Config) -> str:
+    """Why tensors on ``device`` stay dense; empty if 2:4 runs there."""
+    if device.type in ("cpu", "meta") or config.emulate:
+        return ""
+    return (
+        f"there is no 2:4 kernel for {device.type} yet; Act24Config(emulate=True) runs the exact semantics there, slower than dense"
+    )
+
+
+def down_weight(site: Site) -> tuple[Any, bool]:
+    """The down projection's weight as the graph knows it (fake, real, or None), and whether it is ``[H, D]``."""
+    assert site.down is not None
+    if site.down.node.op == "call_module":
+        return submodule(site.down.node).weight, False
+    assert site.down.weight is not None
+    weight, transposed = weight_origin(site.down.weight)
+    return weight, transposed != site.down.transposed
+
+
+def hidden_size(site: Site):  # type: ignore[no-untyped-def]  # int, SymInt or None
+    """H, from the activation or else from the down projection's weight."""
+    if site.relu2 is not None and value(site.relu2.h) is not None:
+        return value(site.relu2.h).shape[-1]
+    weight, transposed = down_weight(site) if site.down else (None, False)
+    return None if weight is None else weight.shape[0 if transposed else 1]

@@ -1,0 +1,166 @@
+"""What was found and decided, for people and for programs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from .find import Site
+from .judge import hidden_size
+from .vocabulary import value
+
+
+class Act24Warning(UserWarning):
+    """Something that a user of ao_act24 asked for does not happen."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happened to one FFN-like site.
+
+    Attributes:
+        path: the module that holds the site, as in ``named_modules``; empty where the graph does not say.
+        activation: ``relu²``, ``gated relu²``, or what stands in its place.
+        rewritten: whether it runs in 2:4.
+        reason: why it does not; empty if it does.
+        x, out: shapes of the FFN's input and output, ``[..., D]``; None where the graph does not say. Sizes that are
+            symbolic are given as text.
+        hidden_dim: the hidden size H, or None.
+        dtype, device: of the hidden activation, or of the weight where the graph does not say.
+        source: the line of code that multiplies by the down projection.
+    """
+
+    path: str
+    activation: str
+    rewritten: bool
+    reason: str
+    x: tuple[int | str, ...] | None
+    hidden_dim: int | str | None
+    out: tuple[int | str, ...] | None
+    dtype: str
+    device: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdicts on every FFN-like site of a model, in order of execution. Prints as a table.
+
+    Attributes:
+        verdicts: one for each site; also what iterating over the report yields.
+        notes: what else a reader should know, such as graph breaks.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def rewritten(self) -> tuple[Verdict, ...]:
+        """The sites that run in 2:4."""
+        return tuple(v for v in self.verdicts if v.rewritten)
+
+    @property
+    def dense(self) -> tuple[Verdict, ...]:
+        """The sites that stay dense, each with a reason."""
+        return tuple(v for v in self.verdicts if not v.rewritten)
+
+    def __len__(self) -> int:
+        return len(self.verdicts)
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return iter(self.verdicts)
+
+    def summary(self) -> str:
+        """One line: how many of how many."""
+        return f"{len(self.rewritten)} of {len(self)} FFN-like sites run in 2:4"
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.summary(), title_justify="left")
+        for column in ("site", "activation", "x → hidden → out", "dtype", "2:4", "why not"):
+            table.add_column(column, overflow="fold", ratio=2 if column == "why not" else None)
+        for v in self.verdicts:
+            shapes = f"{_shape(v.x)} → {'?' if v.hidden_dim is None else v.hidden_dim} → {_shape(v.out)}"
+            mark = Text("yes", "green") if v.rewritten else Text("no", "yellow")
+            table.add_row(v.path or v.source, v.activation, shapes, f"{v.dtype} {v.device}".strip(), mark, v.reason)
+        return Group(table, *self.notes)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def describe(site: Site, reason: str) -> Verdict:
+    """The verdict on ``site``; call it before the site is rewritten, while its nodes are there."""
+    h = value(site.relu2.h) if site.relu2 else None
+    x = value(site.up.input) if site.up else None
+    out = value(site.down.node) if site.down else None
+    hidden = hidden_size(site)
+    if hidden is None and site.up is not None and value(site.up.node) is not None:
+        hidden = value(site.up.node).shape[-1]
+    like = h if h is not None else out
+    return Verdict(
+        path=_module_path(site),
+        activation=site.activation,
+        rewritten=not reason,
+        reason=reason,
+        x=_sizes(x),
+        hidden_dim=None if hidden is None else _size(hidden),
+        out=_sizes(out),
+        dtype="" if like is None else str(like.dtype).removeprefix("torch."),
+        device="" if like is None else str(like.device),
+        source=_source(site.node),
+    )
+
+
+def _size(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def _sizes(tensor: Any) -> tuple[int | str, ...] | None:
+    return None if tensor is None else tuple(map(_size, tensor.shape))
+
+
+def _shape(sizes: tuple[int | str, ...] | None) -> str:
+    return "?" if sizes is None else "[" + ", ".join(map(str, sizes)) + "]"
+
+
+def _module_path(site: Site) -> str:
+    """The innermost module that both projections belong to."""
+    nodes = [linear.node for linear in (site.up, site.down) if linear is not None]
+    paths = [_module_paths(node) for node in nodes or [site.node]]
+    if len(nodes) == 1:
+        paths[0] = paths[0][:-1]  # the linear layer itself
+    common = [entry for level, entry in enumerate(paths[0]) if all(path[level : level + 1] == [entry] for path in paths)]
+    return common[-1] if common else ""
+
+
+def _module_paths(node: Node) -> list[str]:
+    """The paths of the modules around ``node``, outermost first, as ``named_modules`` writes them."""
+    if node.op == "call_module":
+        parts = str(node.target).split(".")
+        return [".".join(parts[:n]) for n in range(len(parts) + 1)]
+    return [clean_path(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def clean_path(path: str) -> str:
+    """``L['model'].layers.0.mlp`` or ``L['self']._modules['layers']._modules['0']`` to ``layers.0.mlp``."""
+    import re
+
+    path = re.sub(r"^(?:[LG]\[(['\"]).*?\1\]|self)", "", path)
+    path = re.sub(r"(?:\._modules)?\[['\"]?(.*?)['\"]?\]", r".\1", path).replace("_modules.", "")
+    return re.sub(r"\.?_orig_mod\b", "", path).strip(".")
+
+
+def _source(node: Node) -> str:
+    """The innermost line of code in the node's stack trace."""
+    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip(" ^~")]
+    return trace[-1] if trace else node.name

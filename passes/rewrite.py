@@ -1,0 +1,151 @@
+"""Replace a site by the 2:4 operators.
+
+Before::
+
+    h    = linear(x, W1, b1)
+    r    = relu(h)
+    y    = r * r
+    out  = linear(y, W2, b2)
+
+After::
+
+    h                = linear(x, W1, b1)
+    packed, metadata = ao_act24.relu2_sparsify(h)
+    out              = ao_act24.sparse_mm(packed, metadata, W2, b2)
+
+In-between nodes keep their effect: ReLU² is pointwise and the groups lie along the last dimension, so a view or a cast
+in front of the square is done to ``h`` instead, and a cast behind it to ``packed``. Casts that only widen the square's
+arithmetic and come back to the dtype of ``h`` fall away, since ``relu2_sparsify`` squares in fp32 and rounds once anyway.
+"""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from ao_act24 import ops
+
+from .find import Relu2, Site
+from .fingerprint import source_digest
+from .vocabulary import Between, as_between, cast_dtype, is_transpose, value
+
+
+def rewrite(site: Site) -> None:
+    """Rewrite one site in its graph. The nodes that it replaces are erased."""
+    assert site.relu2 is not None and site.down is not None
+    down = site.down.node
+    emit = _Emitter(down)
+    h, casts = _hoist(emit, site.relu2)
+    pair = emit.call(ops.relu2_sparsify.default, h, name="relu2_sparsify")
+    packed, metadata = (emit.call(_getitem, pair, i, name=name) for i, name in enumerate(("packed", "metadata")))
+    for cast in casts:
+        packed = emit.again(cast, packed)
+    weight, bias = _parameters(emit, site)
+    out = emit.call(ops.sparse_mm.default, packed, metadata, weight, bias, name=f"sparse_mm_{source_digest()[:8]}")
+    down.replace_all_uses_with(out)
+    graph = down.graph
+    graph.erase_node(down)
+    for node in [node for node in reversed(graph.nodes) if node in site.relu2.inside]:
+        graph.erase_node(node)
+    site.rewritten = True
+    site.node = out
+
+
+_getitem = __import__("operator").getitem
+
+
+class _Emitter:
+    """Adds nodes in front of an anchor, with the anchor's provenance and, where the inputs have them, fake values."""
+
+    def __init__(self, anchor: Node):
+        self.anchor = anchor
+        self.graph: Graph = anchor.graph
+
+    def call(self, target: Any, *args: Any, name: str | None = None) -> Node:
+        with self.graph.inserting_before(self.anchor):
+            return self._annotate(self.graph.create_node("call_function", target, args, name=name))
+
+    def method(self, target: str, *args: Any) -> Node:
+        with self.graph.inserting_before(self.anchor):
+            return self._annotate(self.graph.create_node("call_method", target, args))
+
+    def attribute(self, path: str) -> Node:
+        with self.graph.inserting_before(self.anchor):
+            return self.graph.get_attr(path)
+
+    def again(self, step: Between, source: Node) -> Node:
+        """The in-between ``step``, done to ``source`` instead of its own input."""
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.node_copy(step.node, lambda arg: source if arg is step.input else arg)
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"  # source need not have the strides that made a view possible
+        return self._annotate(node)
+
+    def _annotate(self, node: Node) -> Node:
+        for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+            if key in self.anchor.meta:
+                node.meta[key] = self.anchor.meta[key]
+        inputs = [value(arg) for arg in node.all_input_nodes]
+        key = next((k for k in ("example_value", "val") if k in self.anchor.meta), None)
+        node.meta.pop("example_value", None), node.meta.pop("val", None)
+        if key is None or any(v is None for v in inputs):
+            return node
+        fake_mode = next((v.fake_mode for v in _leaves(inputs) if isinstance(v, FakeTensor)), None)
+        if fake_mode is not None:
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), value)
+            with fake_mode:
+                run = node.target if callable(node.target) else getattr(torch.Tensor, str(node.target))
+                node.meta[key] = run(*args, **kwargs)
+        return node
+
+
+def _leaves(values: list[Any]) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(values)
+
+
+def _hoist(emit: _Emitter, relu2: Relu2) -> tuple[Node, list[Between]]:
+    """Do to ``h`` what was done to the activation. Returns the new ``h`` and the casts that are left for ``packed``."""
+    source = _narrow_source(relu2)
+    steps = relu2.before_square + [step for step in relu2.after_square if step.kind == "view"]
+    if source is not None:
+        steps = [step for step in steps if step.kind == "view"]
+    h = relu2.h if source is None else source
+    for step in steps:
+        if step.kind != "identity":
+            h = emit.again(step, h)
+    casts = [] if source is not None else [step for step in relu2.after_square if step.kind == "cast"]
+    return h, casts
+
+
+def _narrow_source(relu2: Relu2) -> Node | None:
+    """The tensor of which ``h`` and everything up to the consumer is a widened copy, in the consumer's own dtype."""
+    casts = [step for step in relu2.before_square + relu2.after_square if step.kind == "cast"]
+    if not casts:
+        return relu2.h
+    last = cast_dtype(casts[-1].node)
+    source = relu2.h
+    while (step := as_between(source)) and step.kind == "cast":
+        source = step.input
+    start = value(source)
+    if start is None or start.dtype != last:
+        return None
+    widths = [value(relu2.h).dtype, *(cast_dtype(step.node) for step in casts)]
+    keeps = all(dtype is not None and torch.promote_types(dtype, last) == dtype for dtype in widths)
+    return source if keeps else None
+
+
+def _parameters(emit: _Emitter, site: Site) -> tuple[Node, Any]:
+    """The down projection's weight as ``[D, H]`` and its bias."""
+    assert site.down is not None
+    down = site.down
+    if down.weight is None:
+        path = str(down.node.target)
+        has_bias = emit.graph.owning_module.get_submodule(path).bias is not None  # type: ignore[union-attr]
+        return emit.attribute(f"{path}.weight"), emit.attribute(f"{path}.bias") if has_bias else None
+    if not down.transposed:
+        return down.weight, down.bias
+    if is_transpose(down.weight):
+        return down.weight.args[0], down.bias  # type: ignore[return-value]
+    return emit.method("t", down.weight), down.bias

@@ -1,0 +1,296 @@
+"""How operations are spelled in FX graphs, and nothing else: one name for each, whichever way it was written.
+
+Dynamo leaves torch functions, operators and tensor methods in a graph, ``torch.export`` leaves ATen overloads, symbolic
+tracing adds module calls. ``op_name`` maps all of them to one name (``F.relu``, ``torch.relu``, ``x.relu()``,
+``aten.relu.default`` and ``nn.ReLU`` are ``"relu"``), the ``as_*`` and ``match_*`` functions to what they mean.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+_NAMESPACES = (torch, torch.nn.functional, torch._C._nn, torch.Tensor, operator)
+_MODULES: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.ReLU: "relu",
+    nn.Dropout: "dropout",
+    nn.Identity: "alias",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.ReLU6: "relu6",
+    nn.Mish: "mish",
+    nn.Softplus: "softplus",
+    nn.Hardswish: "hardswish",
+}
+_SYNONYMS = {
+    "clip": "clamp",
+    "multiply": "mul",
+    "__mul__": "mul",
+    "__pow__": "pow",
+    "__matmul__": "matmul",
+    "__add__": "add",
+    "true_divide": "truediv",
+    "div": "truediv",
+    "divide": "truediv",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "_unsafe_view": "reshape",
+    "view": "reshape",
+    "view_as": "reshape_as",
+    "imul": "mul_",
+    "ipow": "pow_",
+    "iadd": "add_",
+    "isub": "sub_",
+    "itruediv": "div_",
+    "setitem": "setitem_",
+}
+
+
+def op_name(node: object) -> str:
+    """The one name of what ``node`` computes; empty for placeholders, attributes and functions torch does not own."""
+    if not isinstance(node, Node):
+        return ""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_module":
+        name = _MODULES.get(type(submodule(node)), "")
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.partition("::")[2] if node.target.namespace in ("aten", "prims") else ""
+    elif isinstance(node.target, torch._ops.OpOverloadPacket):
+        return ""
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if not any(getattr(space, name, None) is node.target for space in _NAMESPACES):
+            return ""
+    else:
+        return ""
+    return _SYNONYMS.get(name, name)
+
+
+def is_our_op(node: Node, name: str) -> bool:
+    """Whether ``node`` calls ``torch.ops.ao_act24.<name>``."""
+    return str(node.target) in (f"ao_act24.{name}", f"ao_act24.{name}.default")
+
+
+def submodule(node: Node) -> nn.Module:
+    """The module that a ``call_module`` node calls."""
+    root = node.graph.owning_module
+    assert root is not None
+    return root.get_submodule(str(node.target))
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def value(node: object) -> Any:
+    """The fake (or real) value that the graph says ``node`` has; None where the graph does not say."""
+    if not isinstance(node, Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal without adding a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def is_number(x: object, number: float) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and x == number
+
+
+def is_zero(x: object) -> bool:
+    """A number, or a tensor that the graph builds, that is zero everywhere."""
+    if is_number(x, 0):
+        return True
+    name = op_name(x)
+    assert isinstance(x, Node) or not name
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return True
+    if name in ("tensor", "scalar_tensor", "new_tensor"):
+        return is_number(argument(x, 1 if name == "new_tensor" else 0, "data"), 0)  # type: ignore[arg-type]
+    if name in ("full", "full_like", "new_full"):
+        return is_number(argument(x, 1 if name != "new_full" else 2, "fill_value"), 0)  # type: ignore[arg-type]
+    return name == "to" and is_zero(x.args[0])  # type: ignore[union-attr]
+
+
+def mutates(node: Node) -> bool:
+    """Whether the node writes into one of its arguments."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = op_name(node)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+class Linear(NamedTuple):
+    """``input @ weight.T + bias``, or with ``transposed`` ``input @ weight + bias``; a module call has no weight node."""
+
+    node: Node
+    input: Node
+    weight: Node | None
+    bias: Any
+    transposed: bool
+
+
+def as_linear(node: object) -> Linear | None:
+    """``F.linear``, ``nn.Linear``, or a product with a two-dimensional weight: ``x @ w``, ``mm``, ``addmm``."""
+    name = op_name(node)
+    if not isinstance(node, Node) or name not in ("linear", "matmul", "mm", "addmm"):
+        return None
+    if node.op == "call_module":
+        return Linear(node, node.args[0], None, None, False) if isinstance(node.args[0], Node) else None
+    if name == "linear":
+        data, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+        bias, transposed = argument(node, 2, "bias"), False
+    elif name == "addmm":
+        if not is_number(node.kwargs.get("beta", 1), 1) or not is_number(node.kwargs.get("alpha", 1), 1):
+            return None
+        bias, data, weight = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
+        transposed = True
+        if getattr(value(bias), "ndim", 1) != 1:
+            return None
+    else:
+        data, weight = argument(node, 0, "input"), argument(node, 1, "mat2" if name == "mm" else "other")
+        bias, transposed = None, True
+    if not isinstance(data, Node) or not isinstance(weight, Node) or "out" in node.kwargs:
+        return None
+    if transposed and not _is_weight(weight):
+        return None
+    return Linear(node, data, weight, bias, transposed)
+
+
+def _is_weight(node: Node) -> bool:
+    """A two-dimensional tensor that comes from outside the graph, at most cast or transposed: no product of activations."""
+    if getattr(value(node), "ndim", 2) != 2:
+        return False
+    while node.op not in ("placeholder", "get_attr"):
+        if not (is_transpose(node) or op_name(node) in _CASTS or op_name(node) in _IDENTITIES):
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return True
+
+
+def weight_origin(node: Node) -> tuple[Any, bool]:
+    """The value of a weight, or of the tensor that it is a cast or transposed copy of, and whether it is transposed."""
+    transposed = False
+    while value(node) is None and node.args and isinstance(node.args[0], Node):
+        if is_transpose(node):
+            transposed = not transposed
+        elif op_name(node) not in _CASTS | _IDENTITIES:
+            break
+        node = node.args[0]
+    return value(node), transposed
+
+
+def is_transpose(node: Node) -> bool:
+    """Whether the node transposes a two-dimensional tensor."""
+    name = op_name(node)
+    if name in ("t", "adjoint") or (node.target is getattr and node.args[1] in ("T", "mT")):
+        return True
+    dims = node.args[1:]
+    if name == "transpose":
+        return sorted(int(d) % 2 for d in dims) == [0, 1]  # type: ignore[arg-type]
+    if name == "permute":
+        return tuple(int(d) % 2 for d in _flat(dims)) == (1, 0)
+    return False
+
+
+def _flat(sizes: Sequence[Any]) -> Sequence[Any]:
+    """``x.view(a, b)`` and ``x.view((a, b))`` alike."""
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+
+
+_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy", "convert_element_type"}
+_CAST_DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+_IDENTITIES = {"contiguous", "clone", "alias"}
+_RESHAPES = {"reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"}
+
+
+class Between(NamedTuple):
+    """A node that may stand between the steps of the pattern, and what it does to the tensor that passes through it."""
+
+    node: Node
+    kind: str  # "identity", "cast" (changes the dtype), "view" (moves tokens, keeps the last dimension), "dropout" (active)
+    input: Node
+
+
+def as_between(node: Node) -> Between | None:
+    """What an in-between node does, or None if it is not one that we know to commute with ReLU² and grouping."""
+    name = op_name(node)
+    source = argument(node, 0, "input")
+    if not name or not isinstance(source, Node):
+        if name == "mul" and is_number(source, 1) and isinstance(node.args[1], Node):
+            return Between(node, "identity", node.args[1])
+        return None
+    if mutates(node) and name != "dropout":
+        return None
+    if name in _IDENTITIES or (name in ("mul", "truediv") and is_number(argument(node, 1, "other"), 1)):
+        return Between(node, "identity", source)
+    if name == "dropout":
+        return Between(node, "dropout" if dropout_rate(node) else "identity", source)
+    if name in _CASTS:
+        kind = _cast_kind(node, source)
+        return Between(node, kind, source) if kind else None
+    if name in _RESHAPES or name in ("transpose", "permute"):
+        return Between(node, "view", source) if _keeps_last_dim(node, name, source) else None
+    return None
+
+
+def dropout_rate(node: Node) -> float:
+    """The rate at which a dropout node drops; zero where it does nothing."""
+    if node.op == "call_module":
+        module = submodule(node)
+        return float(module.p) if module.training else 0.0  # type: ignore[arg-type]
+    training = argument(node, 2, "training", argument(node, 2, "train", True))
+    return float(argument(node, 1, "p", 0.5)) if training else 0.0
+
+
+def _cast_kind(node: Node, source: Node) -> str:
+    before, after = value(source), value(node)
+    if before is not None and after is not None:
+        if before.device != after.device:
+            return ""
+        return "identity" if before.dtype == after.dtype else "cast"
+    return "cast" if cast_dtype(node) is not None else ""
+
+
+def cast_dtype(node: Node) -> torch.dtype | None:
+    """The dtype that a cast gives, from the graph's values or, without them, from how the cast is written."""
+    if value(node) is not None:
+        return value(node).dtype
+    target = _CAST_DTYPES.get(op_name(node), argument(node, 1, "dtype"))
+    return target if isinstance(target, torch.dtype) else None
+
+
+def _keeps_last_dim(node: Node, name: str, source: Node) -> bool:
+    """Whether groups of four along the last dimension stay together."""
+    before, after = value(source), value(node)
+    if before is not None and after is not None:
+        if before.ndim == 0 or after.ndim == 0 or before.dtype != after.dtype:
+            return False
+        last = before.ndim - 1
+        if name == "transpose":
+            dims = (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
+            return all(d % before.ndim != last for d in dims)
+        if name == "permute":
+            return _flat(node.args[1:] or node.kwargs["dims"])[-1] % before.ndim == last
+        return same_size(before.shape[-1], after.shape[-1])
+    return name == "flatten" and argument(node, 1, "start_dim", 0) == 0 and argument(node, 2, "end_dim", -1) == -2
