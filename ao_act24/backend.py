@@ -15,8 +15,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from ao_act24.config import Act24Config
+from ao_act24.fingerprint import source_digest
 from ao_act24.passes import Act24Warning, Verdict, examine, rewrite_graph
-from ao_act24.passes.fingerprint import source_digest
 from ao_act24.passes.vocabulary import as_linear
 
 
@@ -24,8 +24,8 @@ from ao_act24.passes.vocabulary import as_linear
 class Act24Pass(CustomGraphPass):
     """The rewrite as an Inductor pass, for those who set ``pre_grad_custom_pass`` themselves::
 
-        torch._inductor.config.pre_grad_custom_pass = ao_act24.Act24Pass()
-        torch.compile(model, options={"pre_grad_custom_pass": [my_pass, ao_act24.Act24Pass()]})   # a list: torch 2.13
+    torch._inductor.config.pre_grad_custom_pass = ao_act24.Act24Pass()
+    torch.compile(model, options={"pre_grad_custom_pass": [my_pass, ao_act24.Act24Pass()]})   # a list: torch 2.13
     """
 
     config: Act24Config = field(default_factory=Act24Config)
@@ -109,7 +109,9 @@ def _say_if_nothing(gm: GraphModule, verdicts: list[Verdict]) -> None:
     if not reasons and (_rewrote or linears < 2):
         return  # a part of a model without an FFN, as graph breaks make them
     message = "ao_act24 rewrote nothing in a compiled graph: "
-    message += "; ".join(reasons) if reasons else f"none of its {linears} linear layers belong to a Linear→ReLU²→Linear block"
+    message += (
+        "; ".join(reasons) if reasons else f"none of its {linears} linear layers belong to a Linear→ReLU²→Linear block"
+    )
     message += ". ao_act24.explain(model, *inputs) lists every site."
     if splits_for_ddp():
         message += f" {DDP_NOTE}"

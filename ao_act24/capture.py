@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
+
+from ao_act24.passes.show import input_name
 
 
-def run_captured(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], backend: Any) -> Any:
+def run_captured(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], backend: Any, dynamic: bool | None = None
+) -> Any:
     """``model(*args, **kwargs)`` with each graph that Dynamo makes of it given to ``backend``.
 
     Grad mode and training mode are the caller's. Random state and buffers are put back afterwards, and the model's own
@@ -18,9 +23,10 @@ def run_captured(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     model = getattr(model, "_orig_mod", model)
     # Dynamo's cache hangs on code objects: a copy has an empty one, so every graph is captured anew.
     run = types.FunctionType(_call.__code__.replace(), _call.__globals__)
-    limits = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
-    with _unchanged(model), torch._dynamo.config.patch(limits):
-        return torch.compile(run, backend=backend)(model, args, kwargs)
+    # Nor may earlier calls count: they would make sizes dynamic, or use up the number of recompilations allowed.
+    alone = {"automatic_dynamic_shapes": False, "recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
+    with _unchanged(model), torch._dynamo.config.patch(alone):
+        return torch.compile(run, backend=backend, dynamic=dynamic)(model, args, kwargs)
 
 
 def _call(model: Any, args: Any, kwargs: Any) -> Any:
@@ -42,3 +48,22 @@ def _unchanged(model: Any) -> Iterator[None]:
             for tensor, version, copy in saved:
                 if tensor._version != version:
                     tensor.copy_(copy)
+
+
+def module_prefix(gm: GraphModule, model: Any) -> str:
+    """Where in ``model`` the module lies that a Dynamo graph calls ``self``: ``model.layers.3`` or empty.
+
+    After a graph break Dynamo traces inner frames on their own, and knows modules by their paths from there. The parameters
+    that a graph takes are the model's own, so their full names tell.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        return ""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        argument = node.meta.get("grapharg")
+        name = names.get(id(getattr(argument, "example", None)), "")
+        local = input_name(node)
+        if name != local and name.endswith(f".{local}"):
+            return name[: -len(local) - 1]
+    return ""

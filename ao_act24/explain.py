@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-
 from torch.fx import GraphModule
 
 from ao_act24 import backend
-from ao_act24.capture import run_captured
+from ao_act24.capture import module_prefix, run_captured
 from ao_act24.config import Act24Config
 from ao_act24.passes import Report, Verdict, examine
 
@@ -35,7 +34,8 @@ def explain(model: Callable[..., Any], *inputs: Any, config: Act24Config | None 
         nonlocal graphs, ddp
         graphs += 1
         ddp |= backend.splits_for_ddp()
-        verdicts.extend(examine(gm, config))
+        prefix = module_prefix(gm, model)
+        verdicts.extend(verdict.within(prefix) for verdict in examine(gm, config))
         return gm.forward
 
     run_captured(model, inputs, kwargs, look)

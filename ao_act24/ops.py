@@ -54,12 +54,15 @@ def _check_hidden(name: str, dense: Tensor) -> None:
 def _check_metadata(metadata: Tensor, tokens: torch.Size, hidden_dim: int, device: torch.device) -> None:
     torch._check_type(metadata.dtype == torch.uint8, lambda: f"metadata must have dtype uint8, got {metadata.dtype}")
     torch._check_value(
-        metadata.device == device, lambda: f"metadata must be on the other tensors' device, {device}, got {metadata.device}"
+        metadata.device == device,
+        lambda: f"metadata must be on the other tensors' device, {device}, got {metadata.device}",
     )
     want = (*tokens, layout.metadata_bytes(hidden_dim))
     torch._check_value(
         metadata.dim() == len(want) and all(got == size for got, size in zip(metadata.shape, want)),
-        lambda: f"metadata must have shape {tuple(want)} for a hidden size of {hidden_dim}, got {tuple(metadata.shape)}",
+        lambda: (
+            f"metadata must have shape {tuple(want)} for a hidden size of {hidden_dim}, got {tuple(metadata.shape)}"
+        ),
     )
 
 

@@ -17,7 +17,7 @@ import linecache
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         rewritten = any(verdict.rewritten for verdict in seen[-1])
         forwards.append(_generate(module, path, graph_module) if rewritten else None)
     here = seen[0 if module.training else 1]
-    verdicts.extend(replace(verdict, path=f"{path}.{verdict.path}".strip(".")) for verdict in here)
+    verdicts.extend(verdict.within(path) for verdict in here)
     if any(forwards):
         module.forward = types.MethodType(_dispatcher(module, *forwards), module)  # type: ignore[method-assign]
     return bool(here)

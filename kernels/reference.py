@@ -27,15 +27,15 @@ def two_largest(key: Tensor) -> Tensor:
     return order[..., :2].sort(dim=-1).values
 
 
-def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
-    """``relu(h)**2``, of every four neighbours the two with the largest ``relu(h)``. Returns ``packed, metadata``.
+def relu2(h: Tensor) -> Tensor:
+    """``relu(h)**2``, dense: the square is taken in fp32 and rounded once to the dtype of ``h``. Zeros are ``+0``."""
+    return h.clamp_min(0).to(accumulation_dtype(h.dtype)).square().to(h.dtype)
 
-    The square is taken in fp32 and rounded once to the dtype of ``h``. Zeros are ``+0``.
-    """
-    relu = h.clamp_min(0)
-    index = two_largest(relu)
-    square = relu.to(accumulation_dtype(h.dtype)).square().to(h.dtype)
-    return take(square, index), layout.encode(index)
+
+def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
+    """``relu2(h)``, of every four neighbours the two with the largest ``relu(h)``. Returns ``packed, metadata``."""
+    index = two_largest(h.clamp_min(0))
+    return take(relu2(h), index), layout.encode(index)
 
 
 def sparsify(dense: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,11 @@
 """FX graph in, FX graph out: find the sites, judge them, rewrite them, report. Knows graphs, knows no kernels.
 
-``vocabulary``   how operations are spelled
-``find``         every FFN-like site, near misses included
-``judge``        which of them may be rewritten
-``rewrite``      the surgery
-``report``       what was decided
-``show``         graphs as readable text
-``fingerprint``  what compiled code depends on beyond the graph
+``vocabulary``  how operations are spelled
+``find``        every FFN-like site, near misses included
+``judge``       which of them may be rewritten
+``rewrite``     the surgery
+``report``      what was decided
+``show``        graphs as readable text
 """
 
 from collections.abc import Iterator
@@ -36,9 +35,7 @@ def rewrite_graph(graph: Graph, config: Act24Config) -> list[Verdict]:
 
 def examine(module: GraphModule, config: Act24Config) -> list[Verdict]:
     """What ``rewrite_graph`` would say of a module and every subgraph that it calls, without changing any."""
-    return [
-        describe(site, judge(site, config)) for graph in graph_modules(module) for site in find_sites(graph.graph)
-    ]
+    return [describe(site, judge(site, config)) for graph in graph_modules(module) for site in find_sites(graph.graph)]
 
 
 def graph_modules(module: GraphModule) -> Iterator[GraphModule]:

@@ -88,9 +88,11 @@ def _already_rewritten(node: Node) -> Site | None:
     sparsify = packed.args[0] if isinstance(packed, Node) and packed.args else None
     if not isinstance(sparsify, Node) or not is_our_op(sparsify, "relu2_sparsify"):
         return None
-    up = _climb_to_linear(argument(sparsify, 0, "h"))
+    h = argument(sparsify, 0, "h")
+    up = _climb_to_linear(h)
     down = Linear(node, sparsify, argument(node, 2, "weight"), argument(node, 3, "bias"), False)
-    return Site("relu²", node, down=down, up=up if isinstance(up, Linear) else None, rewritten=True)
+    relu2 = Relu2(h, {node, sparsify})
+    return Site("relu²", node, down=down, up=up if isinstance(up, Linear) else None, relu2=relu2, rewritten=True)
 
 
 def _relu2_site(down: Linear) -> Site | None:
@@ -184,9 +186,7 @@ def _strip(node: Node) -> tuple[list[Between], Node]:
 def match_relu2(node: Node) -> Relu2 | None:
     """``relu(h)**2`` in any spelling, ending at ``node``."""
     name = op_name(node)
-    if name in ("square", "square_"):
-        base = argument(node, 0, "input")
-    elif name in ("pow", "pow_") and is_number(argument(node, 1, "exponent"), 2):
+    if name in ("square", "square_") or (name in ("pow", "pow_") and is_number(argument(node, 1, "exponent"), 2)):
         base = argument(node, 0, "input")
     elif name in ("mul", "mul_"):
         base, other = argument(node, 0, "input"), argument(node, 1, "other")
@@ -343,9 +343,7 @@ def _in_place(relu2: Relu2) -> str:
             if mutates(user):
                 return f"the pre-activation is changed in place by {op_name(user)}: use the out-of-place form"
             if relu2.in_place:
-                return (
-                    f"ReLU works in place on a tensor that {op_name(user) or user.name} also sees: use the out-of-place form"
-                )
+                return f"ReLU works in place on a tensor that {op_name(user) or user.name} also sees: use the out-of-place form"
     return ""
 
 
@@ -370,7 +368,9 @@ def _where_it_goes(node: Node) -> str:
         if as_linear(user):
             continue
         if op_name(user) in _NORMS:
-            return "a norm stands between ReLU² and the down projection: the zeros survive it, but this is another pattern"
+            return (
+                "a norm stands between ReLU² and the down projection: the zeros survive it, but this is another pattern"
+            )
         queue += [u for u in user.users if u not in seen]
         seen |= set(user.users)
     names = ", ".join(op_name(user) or user.name for user in users) or "nothing"

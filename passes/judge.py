@@ -38,9 +38,7 @@ def why_dense(device: torch.device, config: Act24Config) -> str:
     """Why tensors on ``device`` stay dense; empty if 2:4 runs there."""
     if device.type in ("cpu", "meta") or config.emulate:
         return ""
-    return (
-        f"there is no 2:4 kernel for {device.type} yet; Act24Config(emulate=True) runs the exact semantics there, slower than dense"
-    )
+    return f"there is no 2:4 kernel for {device.type} yet; Act24Config(emulate=True) runs the exact semantics there, slower than dense"
 
 
 def down_weight(site: Site) -> tuple[Any, bool]:

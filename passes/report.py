@@ -1,13 +1,14 @@
 """What was found and decided, for people and for programs."""
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Node
 
 from .find import Site
-from .judge import hidden_size
+from .judge import down_weight, hidden_size
 from .vocabulary import value
 
 
@@ -41,6 +42,10 @@ class Verdict:
     dtype: str
     device: str
     source: str
+
+    def within(self, prefix: str) -> "Verdict":
+        """The same verdict with ``path`` seen from a module further out."""
+        return replace(self, path=f"{prefix}.{self.path}".strip("."))
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,13 @@ class Report:
 def describe(site: Site, reason: str) -> Verdict:
     """The verdict on ``site``; call it before the site is rewritten, while its nodes are there."""
     h = value(site.relu2.h) if site.relu2 else None
+    weight = down_weight(site)[0] if site.down else None
     x = value(site.up.input) if site.up else None
     out = value(site.down.node) if site.down else None
     hidden = hidden_size(site)
     if hidden is None and site.up is not None and value(site.up.node) is not None:
         hidden = value(site.up.node).shape[-1]
-    like = h if h is not None else out
+    like = next((tensor for tensor in (h, out, weight) if tensor is not None), None)
     return Verdict(
         path=_module_path(site),
         activation=site.activation,
@@ -139,7 +145,9 @@ def _module_path(site: Site) -> str:
     paths = [_module_paths(node) for node in nodes or [site.node]]
     if len(nodes) == 1:
         paths[0] = paths[0][:-1]  # the linear layer itself
-    common = [entry for level, entry in enumerate(paths[0]) if all(path[level : level + 1] == [entry] for path in paths)]
+    common = [
+        entry for level, entry in enumerate(paths[0]) if all(path[level : level + 1] == [entry] for path in paths)
+    ]
     return common[-1] if common else ""
 
 
@@ -153,9 +161,8 @@ def _module_paths(node: Node) -> list[str]:
 
 def clean_path(path: str) -> str:
     """``L['model'].layers.0.mlp`` or ``L['self']._modules['layers']._modules['0']`` to ``layers.0.mlp``."""
-    import re
-
-    path = re.sub(r"^(?:[LG]\[(['\"]).*?\1\]|self)", "", path)
+    path = re.sub(r"^(?:L\['(?:model|self|kwargs)'\]|self\b)", "", path)
+    path = re.sub(r"^[LG]\[(['\"])(.*?)\1\]", r"\2", path)
     path = re.sub(r"(?:\._modules)?\[['\"]?(.*?)['\"]?\]", r".\1", path).replace("_modules.", "")
     return re.sub(r"\.?_orig_mod\b", "", path).strip(".")
 

@@ -18,6 +18,7 @@ in front of the square is done to ``h`` instead, and a cast behind it to ``packe
 arithmetic and come back to the dtype of ``h`` fall away, since ``relu2_sparsify`` squares in fp32 and rounds once anyway.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ao_act24 import ops
+from ao_act24.fingerprint import source_digest
 
 from .find import Relu2, Site
-from .fingerprint import source_digest
 from .vocabulary import Between, as_between, cast_dtype, is_transpose, value
 
 
@@ -39,7 +40,9 @@ def rewrite(site: Site) -> None:
     emit = _Emitter(down)
     h, casts = _hoist(emit, site.relu2)
     pair = emit.call(ops.relu2_sparsify.default, h, name="relu2_sparsify")
-    packed, metadata = (emit.call(_getitem, pair, i, name=name) for i, name in enumerate(("packed", "metadata")))
+    packed, metadata = (
+        emit.call(operator.getitem, pair, i, name=name) for i, name in enumerate(("packed", "metadata"))
+    )
     for cast in casts:
         packed = emit.again(cast, packed)
     weight, bias = _parameters(emit, site)
@@ -51,9 +54,6 @@ def rewrite(site: Site) -> None:
         graph.erase_node(node)
     site.rewritten = True
     site.node = out
-
-
-_getitem = __import__("operator").getitem
 
 
 class _Emitter:

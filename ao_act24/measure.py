@@ -1,0 +1,232 @@
+"""Does 2:4 cost this model accuracy? Measured on the model's own activations, layer by layer and at the loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ao_act24.capture import module_prefix, run_captured
+from ao_act24.config import Act24Config
+from ao_act24.kernels import reference
+from ao_act24.passes import graph_modules, rewrite_graph
+from ao_act24.passes.find import Site, find_sites
+from ao_act24.passes.report import describe
+
+
+@dataclass
+class Layer:
+    """What 2:4 does to one FFN, over all its tokens. Shares are between 0 and 1.
+
+    Attributes:
+        path: the module, as in ``named_modules``.
+        zeros: share of the activation ``relu(h)**2`` that is exactly zero.
+        dropped: share of its non-zeros that 2:4 drops.
+        dropped_energy: share of its sum of squares that 2:4 drops.
+        error: ``||sparse - dense|| / ||dense||`` of the FFN's output, for the same input.
+        tokens: the number of tokens measured.
+    """
+
+    path: str
+    zeros: float = 0.0
+    dropped: float = 0.0
+    dropped_energy: float = 0.0
+    error: float = 0.0
+    tokens: int = 0
+    _total: int = field(default=0, repr=False)
+    _sums: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64), repr=False)
+
+    def _add(self, square: Tensor, packed: Tensor, sparse: Tensor, dense: Tensor) -> None:
+        zeros = (square == 0).sum()
+        lost = square.numel() - zeros - (packed != 0).sum()
+        energy = square.double().square().sum()
+        lost_energy = energy - packed.double().square().sum()
+        difference, norm = (sparse.double() - dense.double()).square().sum(), dense.double().square().sum()
+        self._sums += torch.stack([zeros, lost, energy, lost_energy, difference, norm]).cpu()
+        self._total += square.numel()
+        self.tokens += square.numel() // square.shape[-1]
+        zero, gone, energy_sum, gone_energy, difference_sum, norm_sum = self._sums.tolist()
+        self.zeros = zero / self._total if self._total else 0.0
+        self.dropped = gone / (self._total - zero) if self._total > zero else 0.0
+        self.dropped_energy = max(gone_energy, 0.0) / energy_sum if energy_sum else 0.0
+        self.error = (difference_sum / norm_sum) ** 0.5 if norm_sum else 0.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What ``measure`` found. Prints as a table; ``plot`` draws it.
+
+    Attributes:
+        layers: one entry for each FFN, in order of execution.
+        dense_loss, sparse_loss: the model's loss with dense activations and in 2:4; None if the model gives none.
+        output_error: ``||sparse - dense|| / ||dense||`` of the model's output.
+    """
+
+    layers: tuple[Layer, ...]
+    dense_loss: float | None
+    sparse_loss: float | None
+    output_error: float
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(title="what 2:4 does to each FFN", title_justify="left")
+        table.add_column("FFN")
+        for column in ("tokens", "zeros", "non-zeros dropped", "energy dropped", "output error"):
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            shares = (layer.zeros, layer.dropped, layer.dropped_energy, layer.error)
+            table.add_row(layer.path, f"{layer.tokens:,}", *(f"{share:.3%}" for share in shares))
+        loss = f"model output error {self.output_error:.3%}"
+        if self.dense_loss is not None and self.sparse_loss is not None:
+            loss += f"; loss dense {self.dense_loss:.5f}, 2:4 {self.sparse_loss:.5f} ({self.sparse_loss - self.dense_loss:+.5f})"
+        return Group(table, loss)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def plot(self, path: str | Path) -> None:
+        """Draw shares of zeros, drops and errors over the layers into a picture file; the ending chooses the format."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib: pip install 'ao_act24[plot]'") from error
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        zeros, drops = figure.subplots(1, 2)
+        positions = range(len(self.layers))
+        zeros.bar(positions, [100 * layer.zeros for layer in self.layers], color="tab:gray")
+        zeros.set(title="zeros in relu(h)²", xlabel="FFN", ylabel="%", ylim=(0, 100))
+        for name, label in (
+            ("dropped", "non-zeros dropped"),
+            ("dropped_energy", "energy dropped"),
+            ("error", "output error"),
+        ):
+            drops.plot(positions, [100 * getattr(layer, name) for layer in self.layers], marker="o", label=label)
+        drops.set(title="what 2:4 costs", xlabel="FFN", ylabel="%")
+        drops.set_ylim(bottom=0)
+        drops.legend()
+        for axes in (zeros, drops):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.savefig(path, dpi=150)
+
+
+def measure(
+    model: Callable[..., Any], *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any
+) -> Measurement:
+    """Run ``model(*inputs, **kwargs)`` dense and in 2:4, and compare every FFN and the result.
+
+    Both runs are without gradients, in the current training mode, and leave the model, its buffers and the random state as
+    they were. The 2:4 run computes the exact semantics on any device, with no claim to speed.
+
+    Args:
+        model: a module or function; may be compiled or transformed already.
+        inputs, kwargs: arguments that it can run on; large batches give steadier numbers.
+        loss: computes a scalar from the model's output. Without it the output's ``loss`` attribute is used, or the output
+            itself if it is a scalar.
+
+    Raises:
+        ValueError: if the model has no Linear→ReLU²→Linear block that can run in 2:4.
+    """
+    layers: dict[tuple[str, str], Layer] = {}
+    with _Progress() as progress, torch.no_grad():
+        dense = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=False))
+        sparse = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=True))
+    if not layers:
+        raise ValueError("model has no Linear→ReLU²→Linear block that can run in 2:4: explain(model, *inputs) says why")
+    error = _relative_error(_first_tensor(sparse), _first_tensor(dense))
+    return Measurement(tuple(layers.values()), _loss(dense, loss), _loss(sparse, loss), error)
+
+
+@dataclass
+class _Probe:
+    """A Dynamo backend that runs graphs eagerly with a stand-in for each sparse matmul.
+
+    Without ``sparse`` the stand-in measures the layer and goes on with the dense result.
+    """
+
+    model: Callable[..., Any]
+    layers: dict[tuple[str, str], Layer]
+    progress: "_Progress"
+    sparse: bool
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        prefix = module_prefix(gm, self.model)
+        for module in graph_modules(gm):
+            rewrite_graph(module.graph, Act24Config(emulate=True))
+            for site in find_sites(module.graph):
+                if site.rewritten and not self.sparse:
+                    self._replace(site, prefix)
+            module.recompile()
+        return gm.forward
+
+    def _replace(self, site: Site, prefix: str) -> None:
+        assert site.relu2 is not None
+        verdict = describe(site, "").within(prefix)
+        key = (verdict.path, verdict.source)
+        layer = self.layers.setdefault(key, Layer(verdict.path or verdict.source))
+        self.progress.expect()
+
+        def measured(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
+            sparse = torch.ops.ao_act24.sparse_mm(packed, metadata, weight, bias)
+            square = reference.relu2(h)
+            dense = torch.nn.functional.linear(square.to(packed.dtype), weight, bias)
+            layer._add(square, packed, sparse, dense)
+            self.progress.advance()
+            return dense
+
+        node = site.node
+        node.target, node.args = measured, (*node.args, site.relu2.h)
+
+
+class _Progress:
+    """A bar over the layers on a terminal's stderr; nothing elsewhere."""
+
+    def __enter__(self) -> "_Progress":
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("measuring FFNs", total=None)
+        self._expected = 0
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def expect(self) -> None:
+        self._expected += 1
+        self._bar.update(self._task, total=self._expected)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+
+def _loss(output: Any, loss: Callable[[Any], Tensor] | None) -> float | None:
+    if loss is not None:
+        return float(loss(output))
+    value = getattr(output, "loss", output)
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    """The output's logits if it has them, else its first floating-point tensor."""
+    tensors = [getattr(output, "logits", None), *torch.utils._pytree.tree_leaves(output)]
+    return next((t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), None)
+
+
+def _relative_error(sparse: Tensor | None, dense: Tensor | None) -> float:
+    if sparse is None or dense is None:
+        return float("nan")
+    norm = dense.double().norm()
+    return float((sparse.double() - dense.double()).norm() / norm) if norm else 0.0

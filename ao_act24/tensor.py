@@ -1,0 +1,256 @@
+"""``Sparse24Tensor``: 2:4 data where a *tensor* must carry it, such as eager code, files, and other libraries' formats."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from ao_act24 import ops
+from ao_act24.fingerprint import source_digest
+from ao_act24.kernels import layout
+
+
+class Sparse24Tensor(TorchAOBaseTensor):
+    """A ``[..., tokens, hidden_dim]`` tensor of which each row keeps two of every four neighbours.
+
+    The left operand of ``F.linear``, ``mm``, ``addmm`` and ``matmul``; its transpose, of a two-dimensional one, the right
+    operand of ``mm`` and ``matmul``. These run ``ao_act24.ops.sparse_mm``, and their gradients reach the other operands and, through
+    ``packed``, what the values were made of. Everything else raises ``NotImplementedError``: nothing densifies silently,
+    ``to_dense`` does it openly.
+
+    Attributes:
+        packed: the kept values, ``[..., tokens, hidden_dim / 2]``, in row order.
+        metadata: which of each four they are, uint8, laid out as ``ao_act24.kernels.layout`` says.
+        transposed: whether this is the transpose of what ``packed`` and ``metadata`` describe.
+    """
+
+    packed: Tensor
+    metadata: Tensor
+    transposed: bool
+
+    tensor_data_names = ["packed", "metadata"]  # noqa: RUF012  # torchao's interface
+    tensor_attribute_names = ["transposed"]  # noqa: RUF012
+
+    @staticmethod
+    def __new__(cls, packed: Tensor, metadata: Tensor, transposed: bool = False) -> "Sparse24Tensor":
+        ops._check_packed(packed, metadata)
+        shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+        if transposed and len(shape) != 2:
+            raise ValueError(f"a transposed Sparse24Tensor must have two dimensions, got packed {tuple(packed.shape)}")
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, shape[::-1] if transposed else shape, dtype=packed.dtype, device=packed.device, requires_grad=False
+        )
+
+    def __init__(self, packed: Tensor, metadata: Tensor, transposed: bool = False):
+        super().__init__()
+        self.packed, self.metadata, self.transposed = packed, metadata, transposed
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, *, prune: bool = False) -> "Sparse24Tensor":
+        """Pack a dense ``[..., hidden_dim]`` tensor, ``hidden_dim`` divisible by 4.
+
+        Args:
+            dense: bfloat16, float16, float32 or float64.
+            prune: keep the two entries of largest magnitude of every four and drop the others. Without it a tensor that has
+                more than two non-zeros in a group of four is refused (a check that waits for the device).
+
+        Raises:
+            ValueError: if the last dimension is not divisible by 4, or values would be lost and ``prune`` is not set.
+        """
+        packed, metadata = ops.sparsify(dense)
+        if not prune:
+            lost = int(torch.count_nonzero(dense) - torch.count_nonzero(packed))
+            if lost:
+                raise ValueError(
+                    f"dense must have at most two non-zeros in every four neighbours, got {lost} too many: "
+                    "prune=True drops the smallest"
+                )
+        return cls(packed, metadata)
+
+    @classmethod
+    def from_hidden(cls, h: Tensor) -> "Sparse24Tensor":
+        """``relu(h)**2`` in 2:4 form: of every four neighbours the two with the largest ``relu(h)``."""
+        return cls(*ops.relu2_sparsify(h))
+
+    def to_dense(self) -> Tensor:  # type: ignore[override]
+        """The dense tensor; entries that were not kept are zero."""
+        dense = ops.unpack(self.packed, self.metadata)
+        return dense.t() if self.transposed else dense
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        transposed = ", transposed" if self.transposed else ""
+        return f"Sparse24Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{transposed})"
+
+    def _stable_hash_for_caching(self) -> str:
+        """What torch's compile caches need to know of an input of this type."""
+        inner = [
+            (str(t.dtype), str(t.device), t.requires_grad, [str(n) for n in (*t.shape, *t.stride())])
+            for t in (self.packed, self.metadata)
+        ]
+        return f"Sparse24Tensor {source_digest()} {self.transposed} {inner}"
+
+    @classmethod
+    def from_torch(cls, sparse: "torch.sparse.SparseSemiStructuredTensor") -> "Sparse24Tensor":
+        """From PyTorch's own semi-structured tensor (CUTLASS or cuSPARSELt format). Lossless."""
+        if not isinstance(sparse, torch.sparse.SparseSemiStructuredTensor):
+            raise TypeError(f"sparse must be a torch.sparse.SparseSemiStructuredTensor, got {type(sparse).__name__}")
+        if sparse.dtype not in ops.DTYPES:
+            raise TypeError(f"sparse must have dtype bfloat16, float16 or float32, got {sparse.dtype}")
+        return cls.from_dense(sparse.to_dense())
+
+    def to_torch(self) -> "torch.sparse.SparseSemiStructuredTensor":
+        """To PyTorch's semi-structured tensor, CUTLASS format. Lossless; its kernels run on sm_80 to sm_89 only.
+
+        Raises:
+            ValueError: where that format cannot hold the tensor: it takes two dimensions, bfloat16 or float16 (float32 is
+                one of two there, not two of four), tokens divisible by 32 and ``hidden_dim`` by 64 in PyTorch's checks.
+        """
+        from torch.sparse import SparseSemiStructuredTensorCUTLASS
+        from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+        self._require(self.dim() == 2 and not self.transposed, "two dimensions and no transpose", self)
+        self._require(self.dtype in (torch.bfloat16, torch.float16), "dtype bfloat16 or float16", self.dtype)
+        tokens, hidden_dim = self.shape
+        self._require(tokens % 32 == 0 and hidden_dim % 64 == 0, "a shape divisible by (32, 64)", tuple(self.shape))
+        packed, meta = sparse_semi_structured_from_dense_cutlass(self.to_dense())
+        return SparseSemiStructuredTensorCUTLASS(self.shape, packed, meta, None, None, None)
+
+    @classmethod
+    def from_torchao(cls, sparse: TorchAOBaseTensor) -> "Sparse24Tensor":
+        """From torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``: its values times its row scales, in its own dtype."""
+        Float8Sparse = _torchao_float8_sparse()
+        if not isinstance(sparse, Float8Sparse):
+            raise TypeError(f"sparse must be a Float8Sparse2x4_2DData2DMetadataTensor, got {type(sparse).__name__}")
+        tokens, hidden_dim = sparse.shape
+        cls._require(tokens % 64 == 0 and hidden_dim % 128 == 0, "a shape divisible by (64, 128)", tuple(sparse.shape))
+        packed = (sparse.qdata.float() * sparse.scale.float()).to(sparse.dtype)
+        metadata = sparse.sparse_metadata.view(torch.uint8).reshape(tokens, hidden_dim // 8)
+        return cls(packed, layout.from_cutlass_sm90_fp8(metadata))
+
+    def to_torchao(self) -> TorchAOBaseTensor:
+        """To torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``, quantised to e4m3 with one scale a row, ``amax / 448``.
+
+        Raises:
+            ValueError: unless two-dimensional, not transposed, tokens divisible by 64 and ``hidden_dim`` by 128.
+        """
+        Float8Sparse = _torchao_float8_sparse()
+        self._require(self.dim() == 2 and not self.transposed, "two dimensions and no transpose", self)
+        tokens, hidden_dim = self.shape
+        self._require(tokens % 64 == 0 and hidden_dim % 128 == 0, "a shape divisible by (64, 128)", tuple(self.shape))
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        scale = self.packed.float().abs().amax(-1, keepdim=True) / limit
+        scale = torch.where(scale == 0, 1.0, scale)
+        qdata = (self.packed.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
+        metadata = layout.to_cutlass_sm90_fp8(self.metadata)
+        return Float8Sparse(qdata, metadata, scale, block_size=[1, hidden_dim], dtype=self.dtype)
+
+    @staticmethod
+    def _require(condition: bool, what: str, got: object) -> None:
+        if not condition:
+            raise ValueError(f"this conversion needs {what}, got {got}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            return _PRODUCTS[func](*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func in cls._ATEN_OP_TABLE[cls]:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        _unsupported(str(func))
+
+
+def _unsupported(what: str) -> NoReturn:
+    raise NotImplementedError(
+        f"Sparse24Tensor does not support {what}. It is the left operand of F.linear, mm, addmm and matmul; for anything "
+        "else call .to_dense() first"
+    )
+
+
+def _torchao_float8_sparse() -> Any:
+    try:
+        from torchao.quantization.quantize_.workflows import Float8Sparse2x4_2DData2DMetadataTensor
+    except ImportError as error:
+        raise NotImplementedError(
+            "converting to and from Float8Sparse2x4_2DData2DMetadataTensor needs torchao >= 0.18, which introduced it"
+        ) from error
+    return Float8Sparse2x4_2DData2DMetadataTensor
+
+
+def _is_left(x: object) -> bool:
+    return isinstance(x, Sparse24Tensor) and not x.transposed
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(input, Sparse24Tensor) or input.transposed or isinstance(weight, Sparse24Tensor):
+        _unsupported("F.linear as a weight, or transposed")
+    return ops.sparse_mm(input.packed, input.metadata, weight, bias)  # type: ignore[no-any-return]
+
+
+def _matmul(input: Tensor, other: Tensor) -> Tensor:
+    left, right = isinstance(input, Sparse24Tensor), isinstance(other, Sparse24Tensor)
+    if left and not right and not input.transposed and other.dim() == 2:  # type: ignore[attr-defined]
+        return ops.sparse_mm(input.packed, input.metadata, other.t())  # type: ignore[attr-defined, no-any-return]
+    if right and not left and other.transposed and input.dim() == 2:  # type: ignore[attr-defined]
+        return ops.sparse_mm(other.packed, other.metadata, input).t()  # type: ignore[attr-defined, no-any-return]
+    _unsupported("a product of these operands (the other one must be a dense matrix)")
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(input, Sparse24Tensor):
+        _unsupported("addmm with a sparse summand")
+    if _is_left(mat1) and input.dim() == 1 and beta == alpha == 1:
+        return ops.sparse_mm(mat1.packed, mat1.metadata, mat2.t(), input)  # type: ignore[attr-defined, no-any-return]
+    return beta * input + alpha * _matmul(mat1, mat2)
+
+
+_PRODUCTS: dict[Any, Any] = {
+    torch.nn.functional.linear: _linear,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.Tensor.__rmatmul__: lambda other, input: _matmul(input, other),
+    torch.mm: lambda input, mat2: _matmul(input, mat2),
+    torch.Tensor.mm: lambda input, mat2: _matmul(input, mat2),
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
+}
+
+implements = Sparse24Tensor.implements
+aten = torch.ops.aten
+
+
+@implements(aten.t.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    (x,) = args
+    return Sparse24Tensor(x.packed, x.metadata, not x.transposed)
+
+
+@implements(aten.transpose.int)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    x, first, second = args
+    if x.dim() != 2 or {first % 2, second % 2} != {0, 1}:
+        _unsupported("transpose of other than a matrix's two dimensions")
+    return Sparse24Tensor(x.packed, x.metadata, not x.transposed)
+
+
+@implements(aten._to_copy.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    (x,) = args
+    kwargs = {name: value for name, value in kwargs.items() if name in ("dtype", "device", "non_blocking")}
+    device = {name: value for name, value in kwargs.items() if name != "dtype"}
+    return Sparse24Tensor(x.packed.to(**kwargs), x.metadata.to(**device), x.transposed)
+
+
+@implements([aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    product = {aten.linear.default: _linear, aten.addmm.default: _addmm}.get(func, _matmul)
+    return product(*args, **kwargs)
+
+
+torch.serialization.add_safe_globals(
+    [Sparse24Tensor]
+)  # so that torch.load(weights_only=True) reads files that hold one
