@@ -2,18 +2,18 @@
 
 With ``y = unpack(packed, metadata)`` and ``out = y W2.T + b2``::
 
-    d packed = gather(dout W2, metadata)                         sampled_mm: the entries that were dropped are not needed
-    d W2     = dout.T y                                          dense, exact
-    d h      = unpack(d packed * 2 relu(h), metadata)            relu(h) = sqrt(packed), so h itself is not kept
+    d packed = gather(dout W2, metadata)                  sampled_mm: the entries that were dropped are not needed
+    d W2     = dout.T y                                   dense, exact
+    d h      = unpack(d packed * 2 relu(h), metadata)     relu(h) = sqrt(packed), so h itself is not kept
 
 Saved for backward are ``packed``, ``metadata`` and the weight: 1.125 bytes a hidden element in bf16, where the dense
-form keeps four. Taking ``sqrt(packed)`` loses nothing in bf16 and fp32 (squaring and rounding moves a value by less than
-the root brings back), as long as the square neither overflows nor underflows; in fp16 it underflows gradually below
-``relu(h) = 2**-7``, where the gradient's factor is off by up to ``2**-12``.
+form keeps four. Taking ``sqrt(packed)`` loses nothing in bf16 and fp32 (squaring and rounding moves a value by less
+than the root brings back), as long as the square neither overflows nor underflows; in fp16 it underflows gradually
+below ``relu(h) = 2**-7``, where the gradient's factor is off by up to ``2**-12``.
 
-An entry that was kept although ``relu(h)`` is zero (a group with fewer than two positive entries) multiplies its gradient
-by zero. So a NaN or an infinity in ``dout`` reaches ``d h`` there as NaN, where dense ReLU would drop it; it reaches no
-entry that was not kept.
+An entry that was kept although ``relu(h)`` is zero (a group with fewer than two positive entries) multiplies its
+gradient by zero. So a NaN or an infinity in ``dout`` reaches ``d h`` there as NaN, where dense ReLU would drop it; it
+reaches no entry that was not kept.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """The ``torch.compile`` backend and the Inductor pass behind it.
 
 The pass rewrites Dynamo's torch-level graph, before AOTAutograd: inference, training, frozen weights, autocast,
-checkpointing and dynamic shapes then all show the same small pattern, and the operators' own gradients follow. A rewrite
-of the joint or the post-grad graph meets a different pattern in each of those cases, and comes too late to decide what is
-saved for backward.
+checkpointing and dynamic shapes then all show the same small pattern, and the operators' own gradients follow. A
+rewrite of the joint or the post-grad graph meets a different pattern in each of those cases, and comes too late to
+decide what is saved for backward.
 """
 
 import warnings
@@ -58,7 +58,7 @@ class Act24Backend:
     """Inductor with the rewrite in front: ``torch.compile(model, backend="ao_act24")``.
 
     ``mode=``, ``fullgraph=``, ``dynamic=`` and Inductor's ``options=`` work as they do for Inductor, and a
-    ``pre_grad_custom_pass`` that is already set runs first. A config goes in as ``options={"act24": Act24Config(...)}``, or,
+    ``pre_grad_custom_pass`` already set runs first. A config goes in as ``options={"act24": config}``, or,
     beside a ``mode``, as ``backend=Act24Backend(config)``.
     """
 
@@ -98,7 +98,8 @@ _rewrote = False
 def _say_if_nothing(gm: GraphModule, verdicts: list[Verdict]) -> None:
     """Warn, once for each cause, of a graph that should have been sped up and is not.
 
-    This looks at the graph that Dynamo hands over rather than at what the pass did: on a warm cache the pass does not run.
+    This looks at the graph that Dynamo hands over rather than at what the pass did: on a warm cache the pass does not
+    run.
     """
     global _rewrote
     if any(verdict.rewritten for verdict in verdicts):

@@ -53,8 +53,8 @@ def _unchanged(model: Any) -> Iterator[None]:
 def module_prefix(gm: GraphModule, model: Any) -> str:
     """Where in ``model`` the module lies that a Dynamo graph calls ``self``: ``model.layers.3`` or empty.
 
-    After a graph break Dynamo traces inner frames on their own, and knows modules by their paths from there. The parameters
-    that a graph takes are the model's own, so their full names tell.
+    After a graph break Dynamo traces inner frames on their own, and knows modules by their paths from there. The
+    parameters that a graph takes are the model's own, so their full names tell.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):

@@ -14,8 +14,8 @@ from ao_act24.passes import Report, Verdict, examine
 def explain(model: Callable[..., Any], *inputs: Any, config: Act24Config | None = None, **kwargs: Any) -> Report:
     """Find every FFN-like site of ``model`` and say of each whether it runs in 2:4, and if not, why.
 
-    Runs ``model(*inputs, **kwargs)`` once through Dynamo, in the current grad, autocast and training mode, and looks at the
-    graphs. The model, its buffers and the random state are as before afterwards; compile caches play no part.
+    Runs ``model(*inputs, **kwargs)`` once through Dynamo, in the current grad, autocast and training mode, and looks
+    at the graphs. The model, its buffers and the random state are as before afterwards; compile caches play no part.
 
     Args:
         model: a module or function; may be compiled or transformed by ``sparsify_`` already.

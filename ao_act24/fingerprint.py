@@ -11,8 +11,8 @@ import ao_act24
 def source_digest() -> str:
     """A hash of every source file of the package, kernels, gradients and fakes included.
 
-    It names the nodes that the rewrite adds and is part of the pass's ``uuid``: torch's compile caches know nothing of a
-    custom operator's Python gradient, and would run an old one after an upgrade.
+    It names the nodes that the rewrite adds and is part of the pass's ``uuid``: torch's compile caches know nothing
+    of a custom operator's Python gradient, and would run an old one after an upgrade.
     """
     digest = hashlib.sha256()
     roots = [Path(root) for root in ao_act24.__path__]

@@ -34,7 +34,7 @@ class CapturedGraphs:
         return "\n\n".join(text for stage in stages for text in stage)
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Write one file a graph, ``before_0.txt`` and so on, into ``directory`` (made if missing). Returns their paths."""
+        """Write a file for each graph, ``before_0.txt`` and so on, into ``directory``, and return their paths."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         paths = []
@@ -54,8 +54,8 @@ def capture_graphs(
 ) -> CapturedGraphs:
     """Run ``model(*inputs, **kwargs)`` once and return its graphs, before and after the rewrite.
 
-    Forward and backward are split as Inductor does it, so what is saved for backward is what a compiled model saves; the
-    backward is traced, not run. The model stays as it was. For a snapshot test::
+    Forward and backward are split as Inductor does it, so what is saved for backward is what a compiled model saves;
+    the backward is traced, not run. The model stays as it was. For a snapshot test::
 
         self.assertExpectedInline(capture_graphs(mlp, x).after[0], \"\"\"…\"\"\")
 
@@ -91,13 +91,13 @@ def capture_graphs(
         def inference(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             arguments = [node.name for node in graph.graph.find_nodes(op="placeholder")]
             forward.append(format_graph(graph, "forward", dict(zip(arguments, names.values()))))
-            return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+            return make_boxed_func(graph.forward)
 
         def compiled(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+            return make_boxed_func(graph.forward)
 
         stages = {"fw_compiler": compiled, "bw_compiler": compiled, "inference_compiler": inference}
-        return aot_autograd(**stages, partition_fn=partition)(gm, example_inputs)  # type: ignore[no-any-return]
+        return aot_autograd(**stages, partition_fn=partition)(gm, example_inputs)
 
     run_captured(model, inputs, kwargs, backend, dynamic=dynamic)
     return CapturedGraphs(tuple(before), tuple(after), tuple(forward), tuple(backward))

@@ -83,7 +83,8 @@ class Measurement:
             table.add_row(layer.path, f"{layer.tokens:,}", *(f"{share:.3%}" for share in shares))
         loss = f"model output error {self.output_error:.3%}"
         if self.dense_loss is not None and self.sparse_loss is not None:
-            loss += f"; loss dense {self.dense_loss:.5f}, 2:4 {self.sparse_loss:.5f} ({self.sparse_loss - self.dense_loss:+.5f})"
+            change = self.sparse_loss - self.dense_loss
+            loss += f"; loss dense {self.dense_loss:.5f}, 2:4 {self.sparse_loss:.5f} ({change:+.5f})"
         return Group(table, loss)
 
     def __str__(self) -> str:
@@ -124,14 +125,14 @@ def measure(
 ) -> Measurement:
     """Run ``model(*inputs, **kwargs)`` dense and in 2:4, and compare every FFN and the result.
 
-    Both runs are without gradients, in the current training mode, and leave the model, its buffers and the random state as
-    they were. The 2:4 run computes the exact semantics on any device, with no claim to speed.
+    Both runs are without gradients, in the current training mode, and leave the model, its buffers and the random
+    state as they were. The 2:4 run computes the exact semantics on any device, with no claim to speed.
 
     Args:
         model: a module or function; may be compiled or transformed already.
         inputs, kwargs: arguments that it can run on; large batches give steadier numbers.
-        loss: computes a scalar from the model's output. Without it the output's ``loss`` attribute is used, or the output
-            itself if it is a scalar.
+        loss: computes a scalar from the model's output. Without it the output's ``loss`` attribute is used, or the
+            output itself if it is a scalar.
 
     Raises:
         ValueError: if the model has no Linear→ReLU²→Linear block that can run in 2:4.

@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.ao_act24.*``: schema, fake, implementation and autocast. Their gradients are in ``autograd``.
+"""The operators ``torch.ops.ao_act24.*``: schema, fake, implementation, autocast. Gradients are in ``autograd``.
 
     relu2_sparsify(h)                             -> packed, metadata      relu(h)**2, two of every four kept
     sparsify(dense)                               -> packed, metadata      the two of largest magnitude kept
@@ -7,9 +7,10 @@
     sparse_mm(packed, metadata, weight, bias)     -> out                   unpack(packed, metadata) @ weight.T + bias
     sampled_mm(grad, weight, metadata)            -> packed                gather(grad @ weight, metadata)
 
-``[..., H]`` dense tensors have H divisible by 4; leading dimensions are tokens; ``packed`` is ``[..., H / 2]``, ``weight``
-``[D, H]``, ``out`` and ``grad`` ``[..., D]``; ``metadata`` is described in ``kernels.layout``. All are functional, take
-bfloat16, float16, float32 and float64 and any strides, and raise ``TypeError`` or ``ValueError`` naming the argument that is wrong.
+``[..., H]`` dense tensors have H divisible by 4; leading dimensions are tokens; ``packed`` is ``[..., H / 2]``,
+``weight`` ``[D, H]``, ``out`` and ``grad`` ``[..., D]``; ``metadata`` is described in ``kernels.layout``. All are
+functional, take bfloat16, float16, float32 and float64 and any strides, and raise ``TypeError`` or ``ValueError``
+naming the argument that is wrong.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""``Sparse24Tensor``: 2:4 data where a *tensor* must carry it, such as eager code, files, and other libraries' formats."""
+"""``Sparse24Tensor``: 2:4 data where a *tensor* must carry it: eager code, files, other libraries' formats."""
 
 from typing import Any, NoReturn
 
@@ -14,10 +14,10 @@ from ao_act24.kernels import layout
 class Sparse24Tensor(TorchAOBaseTensor):
     """A ``[..., tokens, hidden_dim]`` tensor of which each row keeps two of every four neighbours.
 
-    The left operand of ``F.linear``, ``mm``, ``addmm`` and ``matmul``; its transpose, of a two-dimensional one, the right
-    operand of ``mm`` and ``matmul``. These run ``ao_act24.ops.sparse_mm``, and their gradients reach the other operands and, through
-    ``packed``, what the values were made of. Everything else raises ``NotImplementedError``: nothing densifies silently,
-    ``to_dense`` does it openly.
+    The left operand of ``F.linear``, ``mm``, ``addmm`` and ``matmul``; its transpose, of a two-dimensional one, the
+    right operand of ``mm`` and ``matmul``. These run ``ao_act24.ops.sparse_mm``, and their gradients reach the other
+    operands and, through ``packed``, what the values were made of. Everything else raises ``NotImplementedError``:
+    nothing densifies silently, ``to_dense`` does it openly.
 
     Attributes:
         packed: the kept values, ``[..., tokens, hidden_dim / 2]``, in row order.
@@ -38,7 +38,7 @@ class Sparse24Tensor(TorchAOBaseTensor):
         shape = (*packed.shape[:-1], packed.shape[-1] * 2)
         if transposed and len(shape) != 2:
             raise ValueError(f"a transposed Sparse24Tensor must have two dimensions, got packed {tuple(packed.shape)}")
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape[::-1] if transposed else shape, dtype=packed.dtype, device=packed.device, requires_grad=False
         )
 
@@ -52,8 +52,8 @@ class Sparse24Tensor(TorchAOBaseTensor):
 
         Args:
             dense: bfloat16, float16, float32 or float64.
-            prune: keep the two entries of largest magnitude of every four and drop the others. Without it a tensor that has
-                more than two non-zeros in a group of four is refused (a check that waits for the device).
+            prune: keep the two entries of largest magnitude of every four and drop the others. Without it a tensor
+                that has more than two non-zeros in a group of four is refused (a check that waits for the device).
 
         Raises:
             ValueError: if the last dimension is not divisible by 4, or values would be lost and ``prune`` is not set.
@@ -73,12 +73,12 @@ class Sparse24Tensor(TorchAOBaseTensor):
         """``relu(h)**2`` in 2:4 form: of every four neighbours the two with the largest ``relu(h)``."""
         return cls(*ops.relu2_sparsify(h))
 
-    def to_dense(self) -> Tensor:  # type: ignore[override]
+    def to_dense(self) -> Tensor:
         """The dense tensor; entries that were not kept are zero."""
         dense = ops.unpack(self.packed, self.metadata)
         return dense.t() if self.transposed else dense
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         transposed = ", transposed" if self.transposed else ""
         return f"Sparse24Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{transposed})"
 
@@ -103,8 +103,8 @@ class Sparse24Tensor(TorchAOBaseTensor):
         """To PyTorch's semi-structured tensor, CUTLASS format. Lossless; its kernels run on sm_80 to sm_89 only.
 
         Raises:
-            ValueError: where that format cannot hold the tensor: it takes two dimensions, bfloat16 or float16 (float32 is
-                one of two there, not two of four), tokens divisible by 32 and ``hidden_dim`` by 64 in PyTorch's checks.
+            ValueError: where that format cannot hold the tensor: it takes two dimensions, bfloat16 or float16
+                (float32 is one of two there, not two of four), tokens divisible by 32 and ``hidden_dim`` by 64.
         """
         from torch.sparse import SparseSemiStructuredTensorCUTLASS
         from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
@@ -118,7 +118,7 @@ class Sparse24Tensor(TorchAOBaseTensor):
 
     @classmethod
     def from_torchao(cls, sparse: TorchAOBaseTensor) -> "Sparse24Tensor":
-        """From torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``: its values times its row scales, in its own dtype."""
+        """From torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``: values times row scales, in its own dtype."""
         Float8Sparse = _torchao_float8_sparse()
         if not isinstance(sparse, Float8Sparse):
             raise TypeError(f"sparse must be a Float8Sparse2x4_2DData2DMetadataTensor, got {type(sparse).__name__}")
@@ -129,7 +129,7 @@ class Sparse24Tensor(TorchAOBaseTensor):
         return cls(packed, layout.from_cutlass_sm90_fp8(metadata))
 
     def to_torchao(self) -> TorchAOBaseTensor:
-        """To torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``, quantised to e4m3 with one scale a row, ``amax / 448``.
+        """To torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``, in e4m3 with one scale a row, ``amax / 448``.
 
         Raises:
             ValueError: unless two-dimensional, not transposed, tokens divisible by 64 and ``hidden_dim`` by 128.
@@ -165,8 +165,8 @@ class Sparse24Tensor(TorchAOBaseTensor):
 
 def _unsupported(what: str) -> NoReturn:
     raise NotImplementedError(
-        f"Sparse24Tensor does not support {what}. It is the left operand of F.linear, mm, addmm and matmul; for anything "
-        "else call .to_dense() first"
+        f"Sparse24Tensor does not support {what}. It is the left operand of F.linear, mm, addmm and matmul; for "
+        "anything else call .to_dense() first"
     )
 
 
@@ -187,15 +187,15 @@ def _is_left(x: object) -> bool:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(input, Sparse24Tensor) or input.transposed or isinstance(weight, Sparse24Tensor):
         _unsupported("F.linear as a weight, or transposed")
-    return ops.sparse_mm(input.packed, input.metadata, weight, bias)  # type: ignore[no-any-return]
+    return ops.sparse_mm(input.packed, input.metadata, weight, bias)
 
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor:
     left, right = isinstance(input, Sparse24Tensor), isinstance(other, Sparse24Tensor)
     if left and not right and not input.transposed and other.dim() == 2:  # type: ignore[attr-defined]
-        return ops.sparse_mm(input.packed, input.metadata, other.t())  # type: ignore[attr-defined, no-any-return]
+        return ops.sparse_mm(input.packed, input.metadata, other.t())  # type: ignore[attr-defined]
     if right and not left and other.transposed and input.dim() == 2:  # type: ignore[attr-defined]
-        return ops.sparse_mm(other.packed, other.metadata, input).t()  # type: ignore[attr-defined, no-any-return]
+        return ops.sparse_mm(other.packed, other.metadata, input).t()  # type: ignore[attr-defined]
     _unsupported("a product of these operands (the other one must be a dense matrix)")
 
 
@@ -203,7 +203,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
     if isinstance(input, Sparse24Tensor):
         _unsupported("addmm with a sparse summand")
     if _is_left(mat1) and input.dim() == 1 and beta == alpha == 1:
-        return ops.sparse_mm(mat1.packed, mat1.metadata, mat2.t(), input)  # type: ignore[attr-defined, no-any-return]
+        return ops.sparse_mm(mat1.packed, mat1.metadata, mat2.t(), input)  # type: ignore[attr-defined]
     return beta * input + alpha * _matmul(mat1, mat2)
 
 
@@ -247,8 +247,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
 @implements([aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    product = {aten.linear.default: _linear, aten.addmm.default: _addmm}.get(func, _matmul)
-    return product(*args, **kwargs)
+    products: dict[Any, Any] = {aten.linear.default: _linear, aten.addmm.default: _addmm}
+    return products.get(func, _matmul)(*args, **kwargs)
 
 
 torch.serialization.add_safe_globals(

@@ -5,10 +5,10 @@ rewritten graph of ``torch.fx``, which reads the module's own submodules and par
 parameter identities stay, ``torch.compile`` with any backend traces through it, and ``inspect.getsource(mlp.forward)``
 shows what runs. Removing the attribute restores the model.
 
-Symbolic tracing sees a module's code once. What it could get wrong is checked at each call, and where a check fails the
-module's original forward runs instead, with a warning where something changed: arguments other than tensors for exactly the
-required parameters, a submodule replaced or hooked since, dropout active although tracing saw it off, another device.
-Numbers that a module keeps in attributes are read when ``sparsify_`` is called.
+Symbolic tracing sees a module's code once. What it could get wrong is checked at each call, and where a check fails
+the module's original forward runs instead, with a warning where something changed: arguments other than tensors for
+exactly the required parameters, a submodule replaced or hooked since, dropout active although tracing saw it off,
+another device. Numbers that a module keeps in attributes are read when ``sparsify_`` is called.
 """
 
 import copy
@@ -34,10 +34,10 @@ _Forward = Callable[..., Any]
 def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
     """Make the Linear→ReLU²→Linear blocks of ``model`` run in 2:4, in place.
 
-    Needs no example inputs: it traces each module that holds two or more matrices with ``torch.fx``. Blocks that cannot be
-    traced alone stay as they are; ``torch.compile(model, backend="ao_act24")`` reaches more of them. Call it before
-    ``torch.compile``. ``state_dict`` keys and parameter identities do not change; ``unsparsify_`` undoes it. A pickled
-    module (as opposed to its ``state_dict``) loads in dense form.
+    Needs no example inputs: it traces each module that holds two or more matrices with ``torch.fx``. Blocks that
+    cannot be traced alone stay as they are; ``torch.compile(model, backend="ao_act24")`` reaches more of them. Call
+    it before ``torch.compile``. ``state_dict`` keys and parameter identities do not change; ``unsparsify_`` undoes
+    it. A pickled module (as opposed to its ``state_dict``) loads in dense form.
 
     Args:
         model: the model, or a part of it.
@@ -100,7 +100,7 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
     here = seen[0 if module.training else 1]
     verdicts.extend(verdict.within(path) for verdict in here)
     if any(forwards):
-        module.forward = types.MethodType(_dispatcher(module, *forwards), module)  # type: ignore[method-assign]
+        module.forward = types.MethodType(_dispatcher(module, *forwards), module)
     return bool(here)
 
 

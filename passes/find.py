@@ -24,6 +24,7 @@ from .vocabulary import (
     is_zero,
     mutates,
     op_name,
+    same_form,
     value,
 )
 
@@ -107,13 +108,19 @@ def _relu2_site(down: Linear) -> Site | None:
     site = Site("relu²", down.node, down=down, relu2=relu2)
     if isinstance(up, Linear):
         site.up = up
-    site.reason = up if isinstance(up, str) else _second_consumer(relu2, down) or _in_place(relu2) or _dropout(relu2)
+    site.reason = up if isinstance(up, str) else _obstacle(relu2, down)
     return site
+
+
+def _obstacle(relu2: Relu2, down: Linear) -> str:
+    """What in the graph speaks against rewriting a block of the right form; empty if nothing."""
+    return _second_consumer(relu2, down) or _in_place(relu2) or _dropout(relu2) or _entangled(relu2)
 
 
 def _gated_site(down: Linear) -> Site | None:
     """``relu²(gate) * up`` in either order, and a ReLU² that a constant or a vector scales or shifts."""
-    scaled, node = [], _strip(down.input)[1]
+    scaled: list[str] = []
+    node = _strip(down.input)[1]
     while op_name(node) in ("mul", "add", "sub", "truediv"):
         factors = [arg for arg in node.args[:2] if isinstance(arg, Node) and getattr(value(arg), "ndim", 2) >= 2]
         for factor in factors:
@@ -125,7 +132,10 @@ def _gated_site(down: Linear) -> Site | None:
             if len(factors) == 1:
                 steps = ", ".join([op_name(node), *scaled])
                 site.activation = "scaled relu²"
-                site.reason = f"the activation is scaled or shifted ({steps}) before the down projection: fold a factor into its weight"
+                site.reason = (
+                    f"the activation is scaled or shifted ({steps}) before the down projection: fold a factor into its "
+                    "weight"
+                )
             elif any(other in relu2.inside for other in factors if other is not factor):
                 site.activation = "relu to the power 3"
                 site.reason = "the activation is relu to the power 3, not relu²"
@@ -224,10 +234,10 @@ def _match_masked_square(node: Node) -> Relu2 | None:
     mask, kept, h = masked
     name = op_name(kept)
     squares = name == "square" or (name == "pow" and is_number(argument(kept, 1, "exponent"), 2))
-    if squares or (name == "mul" and kept.args[0] is kept.args[1]):
-        if argument(kept, 0, "input") is h:
-            return Relu2(h, {node, mask, kept, *_zeros(node)})
-    return None
+    squares = squares or (name == "mul" and kept.args[0] is kept.args[1])
+    if not squares or argument(kept, 0, "input") is not h or not same_form(node, h):
+        return None
+    return Relu2(h, {node, mask, kept, *_zeros(node)})
 
 
 def _match_relu(node: Node) -> Relu2 | None:
@@ -249,10 +259,13 @@ def _match_relu(node: Node) -> Relu2 | None:
         found = isinstance(other, Node) and is_zero(other)
     elif name == "where":
         masked = _masked(node)
-        return Relu2(masked[2], {node, masked[0], *_zeros(node)}) if masked and masked[1] is masked[2] else None
+        if masked is None or masked[1] is not masked[2]:
+            return None
+        mask, _, h = masked
+        return Relu2(h, {node, mask, *_zeros(node)}) if same_form(node, h) else None
     else:
         found = False
-    if not found or not isinstance(h, Node):
+    if not found or not isinstance(h, Node) or not same_form(node, h):
         return None
     return Relu2(h, {node, *_zeros(node)}, in_place=mutates(node))
 
@@ -292,8 +305,8 @@ def _climb_to_linear(node: object) -> Linear | str:
             biases = [arg for arg in operands if getattr(value(arg), "ndim", None) == 1]
             if len(operands) != 2 or len(biases) != 1:
                 return (
-                    "the pre-activation is a sum, not the result of one linear layer: if this is a LoRA adapter, merge it "
-                    "into the base weight first"
+                    "the pre-activation is a sum, not the result of one linear layer: if this is a LoRA adapter, "
+                    "merge it into the base weight first"
                 )
             node = operands[0] if operands[1] is biases[0] else operands[1]
         elif name == "getitem" and op_name(node.args[0]) in ("chunk", "split"):
@@ -312,13 +325,13 @@ def _second_consumer(relu2: Relu2, down: Linear) -> str:
                 continue
             if user.op == "output":
                 return (
-                    f"the activation ({node.name}) is also an output of the graph: a hook, an auxiliary loss or a graph break "
-                    "keeps it; remove that use"
+                    f"the activation ({node.name}) is also an output of the graph: a hook, an auxiliary loss or a "
+                    "graph break keeps it; remove that use"
                 )
             if as_linear(user):
                 return (
-                    f"the activation ({node.name}) also feeds another linear layer ({user.name}): if this is a LoRA adapter, "
-                    "merge it into the base weight first"
+                    f"the activation ({node.name}) also feeds another linear layer ({user.name}): if this is a LoRA "
+                    "adapter, merge it into the base weight first"
                 )
             return f"the activation ({node.name}) is also used by {op_name(user) or user.name}: remove that use"
     return ""
@@ -343,7 +356,8 @@ def _in_place(relu2: Relu2) -> str:
             if mutates(user):
                 return f"the pre-activation is changed in place by {op_name(user)}: use the out-of-place form"
             if relu2.in_place:
-                return f"ReLU works in place on a tensor that {op_name(user) or user.name} also sees: use the out-of-place form"
+                other = op_name(user) or user.name
+                return f"ReLU works in place on a tensor that {other} also sees: use the out-of-place form"
     return ""
 
 
@@ -352,9 +366,17 @@ def _dropout(relu2: Relu2) -> str:
     if not active:
         return ""
     return (
-        f"dropout ({active[0].node.name}) is active between ReLU² and the down projection: set its p to 0, move it behind "
-        "the down projection, or compile in eval mode"
+        f"dropout ({active[0].node.name}) is active between ReLU² and the down projection: set its p to 0, move it "
+        "behind the down projection, or compile in eval mode"
     )
+
+
+def _entangled(relu2: Relu2) -> str:
+    """In-between steps are done to another tensor after the rewrite; they must not need the old one for more."""
+    for step in relu2.before_square + relu2.after_square:
+        if any(other in relu2.inside for other in step.node.all_input_nodes if other is not step.input):
+            return f"{step.node.name} takes the activation twice: pass it a size instead of a tensor"
+    return ""
 
 
 def _where_it_goes(node: Node) -> str:

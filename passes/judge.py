@@ -30,7 +30,7 @@ def judge(site: Site, config: Act24Config) -> str:
     if like is None:
         return "the dtype is not known from the graph"
     if like.dtype not in DTYPES:
-        return f"the activation must have dtype {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {like.dtype}"
+        return f"the activation must have dtype bfloat16, float16, float32 or float64, got {like.dtype}"
     return why_dense(like.device, config)
 
 
@@ -38,7 +38,10 @@ def why_dense(device: torch.device, config: Act24Config) -> str:
     """Why tensors on ``device`` stay dense; empty if 2:4 runs there."""
     if device.type in ("cpu", "meta") or config.emulate:
         return ""
-    return f"there is no 2:4 kernel for {device.type} yet; Act24Config(emulate=True) runs the exact semantics there, slower than dense"
+    return (
+        f"there is no 2:4 kernel for {device.type} yet; Act24Config(emulate=True) runs the exact semantics there, "
+        "slower than dense"
+    )
 
 
 def down_weight(site: Site) -> tuple[Any, bool]:

@@ -13,9 +13,10 @@ After::
     packed, metadata = ao_act24.relu2_sparsify(h)
     out              = ao_act24.sparse_mm(packed, metadata, W2, b2)
 
-In-between nodes keep their effect: ReLU² is pointwise and the groups lie along the last dimension, so a view or a cast
-in front of the square is done to ``h`` instead, and a cast behind it to ``packed``. Casts that only widen the square's
-arithmetic and come back to the dtype of ``h`` fall away, since ``relu2_sparsify`` squares in fp32 and rounds once anyway.
+In-between nodes keep their effect: ReLU² is pointwise and the groups lie along the last dimension, so a view or a
+cast in front of the square is done to ``h`` instead, and a cast behind it to ``packed``. Casts that only widen the
+square's arithmetic and come back to the dtype of ``h`` fall away, since ``relu2_sparsify`` squares in fp32 and rounds
+once anyway.
 """
 
 import operator
@@ -25,12 +26,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from ao_act24 import ops
 from ao_act24.fingerprint import source_digest
 
 from .find import Relu2, Site
-from .vocabulary import Between, as_between, cast_dtype, is_transpose, value
+from .vocabulary import Between, as_between, cast_dtype, is_transpose, op_name, value
 
 
 def rewrite(site: Site) -> None:
@@ -79,8 +81,8 @@ class _Emitter:
         """The in-between ``step``, done to ``source`` instead of its own input."""
         with self.graph.inserting_before(self.anchor):
             node = self.graph.node_copy(step.node, lambda arg: source if arg is step.input else arg)
-        if node.op == "call_method" and node.target == "view":
-            node.target = "reshape"  # source need not have the strides that made a view possible
+        if op_name(node) == "reshape":  # source need not have the strides that made a view possible
+            node.target = "reshape" if node.op == "call_method" else torch.reshape
         return self._annotate(node)
 
     def _annotate(self, node: Node) -> Node:
@@ -88,21 +90,15 @@ class _Emitter:
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
         inputs = [value(arg) for arg in node.all_input_nodes]
-        key = next((k for k in ("example_value", "val") if k in self.anchor.meta), None)
-        node.meta.pop("example_value", None), node.meta.pop("val", None)
-        if key is None or any(v is None for v in inputs):
-            return node
-        fake_mode = next((v.fake_mode for v in _leaves(inputs) if isinstance(v, FakeTensor)), None)
-        if fake_mode is not None:
+        kind = "val" if "val" in self.anchor.meta else "example_value"
+        node.meta.pop(kind, None)
+        fake_mode = next((v.fake_mode for v in tree_leaves(inputs) if isinstance(v, FakeTensor)), None)
+        if fake_mode is not None and all(v is not None for v in inputs):
             args, kwargs = map_arg((node.args, dict(node.kwargs)), value)
+            run = node.target if callable(node.target) else getattr(torch.Tensor, str(node.target))
             with fake_mode:
-                run = node.target if callable(node.target) else getattr(torch.Tensor, str(node.target))
-                node.meta[key] = run(*args, **kwargs)
+                node.meta[kind] = run(*args, **kwargs)
         return node
-
-
-def _leaves(values: list[Any]) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(values)
 
 
 def _hoist(emit: _Emitter, relu2: Relu2) -> tuple[Node, list[Between]]:
@@ -132,8 +128,7 @@ def _narrow_source(relu2: Relu2) -> Node | None:
     if start is None or start.dtype != last:
         return None
     widths = [value(relu2.h).dtype, *(cast_dtype(step.node) for step in casts)]
-    keeps = all(dtype is not None and torch.promote_types(dtype, last) == dtype for dtype in widths)
-    return source if keeps else None
+    return source if all(width and torch.promote_types(width, start.dtype) == width for width in widths) else None
 
 
 def _parameters(emit: _Emitter, site: Site) -> tuple[Node, Any]:

@@ -1,7 +1,7 @@
 """Graphs as text that a person reads and a test can pin: one line an operation, shapes at the end.
 
 Names are the operations' own, numbered in order; inputs carry the path of the parameter that they are; symbolic sizes
-are s0, s1, … in order of appearance. So the text does not change from one torch release to the next unless the graph does.
+are s0, s1, … in order of appearance. So the text changes from one torch release to the next only if the graph does.
 """
 
 import operator
@@ -23,8 +23,8 @@ def format_graph(module: GraphModule, title: str, known: dict[str, str] | None =
     Args:
         module: from Dynamo, AOTAutograd or ``torch.export``.
         title: what to call it in the first line.
-        known: what to call inputs, by their names in the graph; the names that this graph's results get are added to it, so
-            that a backward graph can show what it takes from the forward graph.
+        known: what to call inputs, by their names in the graph; the names that this graph's results get are added to
+            it, so that a backward graph can show what it takes from the forward graph.
     """
     text = "\n\n".join(_format(module, title, {} if known is None else known))
     symbols = dict.fromkeys(re.findall(r"\bs\d+\b", text))
@@ -62,7 +62,7 @@ def _format(module: GraphModule, title: str, known: dict[str, str], inputs: list
         else:
             parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
             if parts and len(parts) == len(node.users) and all(isinstance(key, int) for key in parts):
-                results = [parts[key] for key in sorted(parts)]  # type: ignore[type-var]
+                results = [parts[key] for key in sorted(parts)]
                 fields = _fields(node)
                 left = ", ".join(name(result, fields.get(i, _result_name(result))) for i, result in enumerate(results))
                 types = ", ".join(_type(result) for result in results)

@@ -120,15 +120,24 @@ def is_zero(x: object) -> bool:
     """A number, or a tensor that the graph builds, that is zero everywhere."""
     if is_number(x, 0):
         return True
+    if not isinstance(x, Node):
+        return False
     name = op_name(x)
-    assert isinstance(x, Node) or not name
     if name in ("zeros", "zeros_like", "new_zeros"):
         return True
     if name in ("tensor", "scalar_tensor", "new_tensor"):
-        return is_number(argument(x, 1 if name == "new_tensor" else 0, "data"), 0)  # type: ignore[arg-type]
+        return is_number(argument(x, 1 if name == "new_tensor" else 0, "data"), 0)
     if name in ("full", "full_like", "new_full"):
-        return is_number(argument(x, 1 if name != "new_full" else 2, "fill_value"), 0)  # type: ignore[arg-type]
-    return name == "to" and is_zero(x.args[0])  # type: ignore[union-attr]
+        return is_number(argument(x, 1 if name != "new_full" else 2, "fill_value"), 0)
+    return name == "to" and is_zero(x.args[0])
+
+
+def same_form(a: Node, b: Node) -> bool:
+    """Whether two tensors have one shape and dtype, as far as the graph says: neither was broadcast or promoted."""
+    first, second = value(a), value(b)
+    if first is None or second is None:
+        return True
+    return first.dtype == second.dtype and first.ndim == second.ndim and all(map(same_size, first.shape, second.shape))
 
 
 def mutates(node: Node) -> bool:
@@ -141,7 +150,7 @@ def mutates(node: Node) -> bool:
 
 
 class Linear(NamedTuple):
-    """``input @ weight.T + bias``, or with ``transposed`` ``input @ weight + bias``; a module call has no weight node."""
+    """``input @ weight.T + bias``, with ``transposed`` ``input @ weight + bias``. A module call has no weight node."""
 
     node: Node
     input: Node
@@ -178,7 +187,7 @@ def as_linear(node: object) -> Linear | None:
 
 
 def _is_weight(node: Node) -> bool:
-    """A two-dimensional tensor that comes from outside the graph, at most cast or transposed: no product of activations."""
+    """A matrix that comes from outside the graph, at most cast or transposed: no product of activations."""
     if getattr(value(node), "ndim", 2) != 2:
         return False
     while node.op not in ("placeholder", "get_attr"):
@@ -228,7 +237,7 @@ class Between(NamedTuple):
     """A node that may stand between the steps of the pattern, and what it does to the tensor that passes through it."""
 
     node: Node
-    kind: str  # "identity", "cast" (changes the dtype), "view" (moves tokens, keeps the last dimension), "dropout" (active)
+    kind: str  # "identity"; "cast": changes the dtype; "view": keeps the last dimension; "dropout": drops something
     input: Node
 
 
@@ -274,9 +283,9 @@ def _cast_kind(node: Node, source: Node) -> str:
 
 def cast_dtype(node: Node) -> torch.dtype | None:
     """The dtype that a cast gives, from the graph's values or, without them, from how the cast is written."""
-    if value(node) is not None:
-        return value(node).dtype
-    target = _CAST_DTYPES.get(op_name(node), argument(node, 1, "dtype"))
+    known = value(node)
+    target = known.dtype if known is not None else None
+    target = target or _CAST_DTYPES.get(op_name(node), argument(node, 1, "dtype"))
     return target if isinstance(target, torch.dtype) else None
 
 
@@ -291,6 +300,7 @@ def _keeps_last_dim(node: Node, name: str, source: Node) -> bool:
             dims = (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
             return all(d % before.ndim != last for d in dims)
         if name == "permute":
-            return _flat(node.args[1:] or node.kwargs["dims"])[-1] % before.ndim == last
+            return bool(_flat(node.args[1:])[-1] % before.ndim == last)
         return same_size(before.shape[-1], after.shape[-1])
+    # without values: only what cannot touch the last dimension, whatever the number of dimensions
     return name == "flatten" and argument(node, 1, "start_dim", 0) == 0 and argument(node, 2, "end_dim", -1) == -2

@@ -1,12 +1,12 @@
-"""What the rewritten model must compute, written a second time: by comparing every pair instead of sorting, in plain torch
-operations whose gradients are autograd's own. Shares no code with the package."""
+"""What the rewritten model must compute, written a second time: by comparing every pair instead of sorting, in plain
+torch operations whose gradients are autograd's own. Shares no code with the package."""
 
 import torch
 from torch import Tensor, nn
 
 
 def mask24(h: Tensor) -> Tensor:
-    """True where ``relu(h)`` is one of the two largest of its four neighbours; ties go to the lower index, NaN beats all."""
+    """True where ``relu(h)`` is among the two largest of its group; ties go to the lower index, NaN beats all."""
     k = torch.maximum(h.detach(), torch.zeros_like(h)).unflatten(-1, (-1, 4))
     mine, other = k.unsqueeze(-1), k.unsqueeze(-2)
     larger = (other > mine) | (other.isnan() & ~mine.isnan())

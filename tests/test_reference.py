@@ -1,0 +1,115 @@
+"""kernels/: the semantics by hand-written groups of four, by an independent oracle, and by properties."""
+
+import math
+
+import pytest
+import torch
+from ao_act24.kernels import layout, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import mask24, relu2_24
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    "group, packed, code",
+    [
+        ([1, 2, 3, 4], [9, 16], 0b1110),  # the two largest, in order of position
+        ([4, 3, 2, 1], [16, 9], 0b0100),
+        ([5, 1, 1, 6], [25, 36], 0b1100),
+        ([1, 5, 6, 1], [25, 36], 0b1001),
+        ([5, 1, 6, 1], [25, 36], 0b1000),
+        ([1, 5, 1, 6], [25, 36], 0b1101),
+        ([2, 2, 2, 2], [4, 4], 0b0100),  # ties: the lower index wins
+        ([1, 2, 2, 2], [4, 4], 0b1001),
+        ([3, 2, 1, 2], [9, 4], 0b0100),
+        ([-1, -2, -3, -4], [0, 0], 0b0100),  # nothing positive: still a valid code
+        ([-9, -1, 7, -2], [0, 49], 0b1000),  # one positive: the lowest zero fills up, not the largest negative
+        ([3, -1, -1, -1], [9, 0], 0b0100),
+        ([-0.0, 0.0, -0.0, 1], [0, 1], 0b1100),
+        ([1, NAN, 5, 2], [NAN, 25], 0b1001),  # NaN counts as larger than anything
+        ([INF, NAN, NAN, NAN], [NAN, NAN], 0b1001),
+        ([1, INF, 2, -INF], [INF, 4], 0b1001),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_four_values(group, packed, code, dtype):
+    got, metadata = reference.relu2_sparsify(torch.tensor(group, dtype=dtype))
+    assert torch.equal(got.nan_to_num(nan=-1), torch.tensor(packed, dtype=dtype).nan_to_num(nan=-1))
+    assert not torch.signbit(got[got == 0]).any(), "a zero is always +0"
+    assert metadata.tolist() == [code | layout.PADDING_CODE << 4]
+
+
+@pytest.mark.parametrize(
+    "group, packed", [([1, -5, 3, 2], [-5, 3]), ([-1, 1, -1, 1], [-1, 1]), ([0, 0, -2, 0], [0, -2])]
+)
+def test_sparsify_keeps_the_largest_magnitudes(group, packed):
+    assert reference.sparsify(torch.tensor(group, dtype=torch.float32))[0].tolist() == packed
+
+
+def test_square_is_rounded_once():
+    h = torch.tensor([1.0078125, 0.1, 3.140625, 7.0], dtype=torch.bfloat16).repeat_interleave(4)
+    want = h.float().square().bfloat16().view(4, 4)[:, :2].flatten()
+    assert torch.equal(reference.relu2_sparsify(h)[0], want)
+
+
+floats = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, NAN, INF, -INF, 1e-30, 65504.0]),
+    st.floats(width=32),
+    st.integers(-3, 3).map(float),  # many ties
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.lists(floats, min_size=4, max_size=4), min_size=1, max_size=12),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+)
+def test_pack_and_unpack(groups, dtype):
+    h = torch.tensor(groups, dtype=torch.float64).to(dtype).flatten()
+    packed, metadata = reference.relu2_sparsify(h)
+    dense = reference.unpack(packed, metadata)
+    assert dense.dtype == dtype and dense.shape == h.shape
+    assert all((g != 0).sum() <= 2 for g in dense.view(-1, 4)), "at most two of four"
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(dense.view(bits), relu2_24(h).view(bits)), "the right two, bit for bit"
+    codes = layout.codes(metadata, metadata.shape[-1] * 2)
+    assert set(codes.tolist()) <= set(layout.VALID_CODES), "valid codes only, padding included"
+    assert metadata.shape[-1] == layout.metadata_bytes(h.numel()) == -(-h.numel() // 8)
+    assert torch.equal(reference.gather(dense, metadata).view(bits), packed.view(bits)), "the round trip is bit-exact"
+    assert torch.equal(reference.unpack(*reference.sparsify(dense.nan_to_num())), dense.nan_to_num()), "2:4 is kept"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 5), st.integers(0, 6), st.integers(0, 2**32 - 1))
+def test_shapes(tokens, groups, seed):
+    h = torch.randn(tokens, 3, 4 * groups, generator=torch.Generator().manual_seed(seed))
+    packed, metadata = reference.relu2_sparsify(h)
+    assert packed.shape == (tokens, 3, 2 * groups)
+    assert torch.equal(reference.unpack(packed, metadata) != 0, mask24(h) & (h > 0))
+
+
+def test_every_code_decodes_to_what_was_encoded():
+    index = torch.tensor([[a, b] for a in range(4) for b in range(a + 1, 4)])
+    metadata = layout.encode(index)
+    assert torch.equal(layout.decode(metadata, 6), index)
+    assert layout.codes(metadata, 6).sort().values.tolist() == list(layout.VALID_CODES)
+
+
+def test_cutlass_layout_is_the_documented_formula():
+    tokens, hidden_dim = 128, 384
+    metadata = torch.randint(0, 256, (tokens, hidden_dim // 8), dtype=torch.uint8)
+    flat = layout.to_cutlass_sm90_fp8(metadata).flatten()
+    for m, k in [(0, 0), (1, 8), (63, 120), (64, 128), (127, 376), (100, 255)]:
+        assert flat[m * 16 + k // 128 * tokens * 16 + k % 128 // 8] == metadata[m, k // 8]
+    assert torch.equal(layout.from_cutlass_sm90_fp8(layout.to_cutlass_sm90_fp8(metadata)), metadata)
+
+
+def test_matmuls_match_their_definitions():
+    h, weight, bias, grad = torch.randn(5, 12), torch.randn(7, 12), torch.randn(7), torch.randn(5, 7)
+    packed, metadata = reference.relu2_sparsify(h)
+    out = reference.sparse_mm(packed.double(), metadata, weight.double(), bias.double())
+    torch.testing.assert_close(out, relu2_24(h).double() @ weight.double().t() + bias)
+    sampled = reference.unpack(reference.sampled_mm(grad.double(), weight.double(), metadata), metadata)
+    torch.testing.assert_close(sampled, (grad.double() @ weight.double()) * mask24(h))
