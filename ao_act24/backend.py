@@ -107,14 +107,15 @@ def _say_if_nothing(gm: GraphModule, verdicts: list[Verdict]) -> None:
         return
     reasons = sorted({verdict.reason for verdict in verdicts})
     linears = sum(as_linear(node) is not None for node in gm.graph.nodes)
-    if not reasons and (_rewrote or linears < 2):
+    cut = splits_for_ddp() and linears > 0
+    if not reasons and not cut and (_rewrote or linears < 2):
         return  # a part of a model without an FFN, as graph breaks make them
     message = "ao_act24 rewrote nothing in a compiled graph: "
     message += (
         "; ".join(reasons) if reasons else f"none of its {linears} linear layers belong to a Linear→ReLU²→Linear block"
     )
     message += ". ao_act24.explain(model, *inputs) lists every site."
-    if splits_for_ddp():
+    if cut:
         message += f" {DDP_NOTE}"
     if message not in _said:
         _said.add(message)

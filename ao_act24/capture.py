@@ -36,7 +36,7 @@ def _call(model: Any, args: Any, kwargs: Any) -> Any:
 @contextmanager
 def _unchanged(model: Any) -> Iterator[None]:
     tensors = list(model.buffers()) if isinstance(model, nn.Module) else []
-    saved = [(tensor, tensor._version, tensor.clone()) for tensor in tensors]
+    saved = [tensor.clone() for tensor in tensors]
     devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
     if isinstance(model, nn.Module):
         devices |= {p.device.index for p in model.parameters() if p.is_cuda}
@@ -45,8 +45,8 @@ def _unchanged(model: Any) -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            for tensor, version, copy in saved:
-                if tensor._version != version:
+            for tensor, copy in zip(tensors, saved):
+                if not torch.equal(tensor, copy):  # version counters do not tell: batch norm leaves them alone
                     tensor.copy_(copy)
 
 

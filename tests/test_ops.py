@@ -156,7 +156,7 @@ NARROW = dict(tokens=(4,), hidden_dim=8, out_dim=6, requires_grad=False)
         (lambda p, m, w, b: ops.sparse_mm(p, m, w[0], b), ValueError, r"weight .* \(8,\)"),
         (lambda p, m, w, b: ops.sparse_mm(p, m, w.half(), b), TypeError, "weight .* packed, torch.float64, got torch.float16"),
         (lambda p, m, w, b: ops.sparse_mm(p, m, w, b[:2]), ValueError, r"bias .* \(6,\) .* \(2,\)"),
-        (lambda p, m, w, b: ops.sparse_mm(p, m, w, b.float()), TypeError, "bias .* float32"),
+        (lambda p, m, w, b: ops.sparse_mm(p, m, w, b.float()), TypeError, "bias .*float32"),
         (lambda p, m, w, b: ops.sparse_mm(p, m[:2], w, b), ValueError, r"metadata .* \(4, 1\) .* \(2, 1\)"),
         (lambda p, m, w, b: ops.sparse_mm(p, m.int(), w, b), TypeError, "metadata .* uint8, got torch.int32"),
         (lambda p, m, w, b: ops.sparse_mm(p[:, :3], m, w, b), ValueError, "packed .* even, got 3"),

@@ -1,5 +1,5 @@
-"""Every way to write Linear → ReLU² → Linear, in every way to run it: our ops in the forward and the backward graph, the
-outputs and gradients of the oracle. Graphs run as AOTAutograd makes them; only the last tests go through Inductor."""
+"""Every way to write Linear → ReLU² → Linear, in every way to run it: our ops in the forward and the backward graph,
+outputs and gradients of the oracle. Graphs run as AOTAutograd makes them; only the last test goes through Inductor."""
 
 import copy
 from collections import Counter
@@ -28,7 +28,7 @@ class Compiled:
         self.forward, self.backward = Counter(), Counter()
         self.verdicts: list[Verdict] = []
         self.graphs = 0
-        self.run = torch.compile(model, backend=self._backend, dynamic=dynamic)
+        self.run = torch.compile(model, backend=self._backend, dynamic=dynamic, fullgraph=True)
 
     def __call__(self, *args):
         return self.run(*args)
@@ -36,13 +36,13 @@ class Compiled:
     def _backend(self, gm, example_inputs):
         config = Act24Config()
         self.graphs += 1
-        foreseen = examine(gm, config)
+        self.forward.clear(), self.backward.clear()  # Dynamo may start over with the same graph: the last one counts
+        self.verdicts = examine(gm, config)
         for module in graph_modules(gm):
             rewrite_graph(module.graph, config)
             module.graph.lint()
             module.recompile()
-        assert [v.rewritten for v in examine(gm, config)] == [v.rewritten for v in foreseen]
-        self.verdicts += foreseen
+        assert [v.rewritten for v in examine(gm, config)] == [v.rewritten for v in self.verdicts]
 
         def compiler(counter):
             def compiled(graph, _):
@@ -118,7 +118,7 @@ def dense_relu2(h):
     return F.relu(h).square()
 
 
-def check(model, x, reference=relu2_24, tolerance=1e-5, mode="train", autocast=False, dynamic=None):
+def check(model, x, reference=relu2_24, tolerance=1e-5, mode="train", autocast=False, dynamic=None, sites=1):
     """Compile and run ``model`` in ``mode``; compare with the same model around ``reference`` for its activation."""
     backward = ("sampled_mm", "unpack", "unpack")
     if "x" in mode:
@@ -139,7 +139,7 @@ def check(model, x, reference=relu2_24, tolerance=1e-5, mode="train", autocast=F
             x, backward = x.detach(), ()
         expected = outcome(want, x, autocast=autocast)
         got = outcome(compiled, x, autocast=autocast)
-        assert_rewritten(compiled, backward=backward)
+        assert_rewritten(compiled, sites, backward)
         assert_close(got, expected, tolerance)
     with torch.no_grad():  # the test can fail: 2:4 changes this output
         assert relative_error(outcome(dense, x, autocast=autocast)["out"], expected["out"]) > max(0.01, 3 * tolerance)
@@ -243,17 +243,28 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+class TwoFFNs(nn.Module):
+    """One with biases, one without, side by side in one graph."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.activation = activation
+        self.ffns = nn.ModuleList([FFN(None, bias=True), FFN(None, bias=False)])
+
+    def forward(self, x):
+        return torch.stack([ffn.down(self.activation(ffn.up(x))) for ffn in self.ffns])
+
+
 @pytest.mark.parametrize("mode", ["train", "no_grad"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spelling(spelling, mode, bias):
-    check(FFN(SPELLINGS[spelling], bias), inputs(), mode=mode)
+def test_spelling(spelling, mode):
+    check(TwoFFNs(SPELLINGS[spelling]), inputs(), mode=mode, sites=2)
 
 
 MODES = ("inference_mode", "frozen up", "frozen down", "x without grad", "x without grad, frozen up")
 
 
-@pytest.mark.parametrize("spelling", ["square method", "where(h > 0, h * h, 0)", "r *= r"])
+@pytest.mark.parametrize("spelling", ["where(h > 0, h * h, 0)", "r *= r"])
 @pytest.mark.parametrize("mode", MODES)
 def test_mode(mode, spelling):
     check(FFN(SPELLINGS[spelling]), inputs(), mode=mode)
@@ -261,7 +272,7 @@ def test_mode(mode, spelling):
 
 @pytest.mark.parametrize("mode", ["train", "no_grad"])
 @pytest.mark.parametrize("dtype", [BF16, "autocast", torch.float16, torch.float64])
-@pytest.mark.parametrize("spelling", ["square method", "r * r", "maximum", "where(h > 0, h * h, 0)", "threshold"])
+@pytest.mark.parametrize("spelling", ["r * r", "maximum", "where(h > 0, h * h, 0)"])
 def test_dtype(spelling, dtype, mode):
     """In autocast the parameters are fp32, and the two linear layers run in bf16."""
     autocast = dtype == "autocast"
@@ -279,12 +290,13 @@ def test_shape(shape, mode):
 
 def test_no_tokens():
     compiled = Compiled(FFN(dense_relu2))
-    assert compiled(torch.zeros(0, MODEL_DIM)).shape == (0, MODEL_DIM)
-    assert_rewritten(compiled)
+    with torch.no_grad():
+        assert compiled(torch.zeros(0, MODEL_DIM)).shape == (0, MODEL_DIM)
+    assert_rewritten(compiled, backward=())
 
 
 @pytest.mark.parametrize("mode", ["train", "no_grad", "frozen up"])
-@pytest.mark.parametrize("spelling", ["square method", "maximum", "where(h > 0, h * h, 0)"])
+@pytest.mark.parametrize("spelling", ["square method", "maximum"])
 def test_dynamic(spelling, mode):
     model = FFN(SPELLINGS[spelling])
     want = copy.deepcopy(model)
@@ -302,7 +314,8 @@ def test_one_dynamic_dim():
     for tokens in (6, 11):
         x = inputs(2, tokens)
         torch._dynamo.mark_dynamic(x, 1)
-        assert_close({"out": compiled(x).detach()}, {"out": want(x).detach()}, 1e-5)
+        assert_close({"out": compiled(x)}, {"out": want(x)}, 1e-5)
+    compiled(x).sum().backward()
     assert_rewritten(compiled)
     assert compiled.graphs == 1
 
@@ -338,6 +351,7 @@ BETWEEN = {
     "transpose": (lambda h: F.relu(h).transpose(0, 1).square(), relu2_t),
     "transpose after the square": (lambda h: F.relu(h).square().transpose(1, 0).contiguous(), relu2_t),
     "permute": (lambda h: F.relu(h).permute(1, 0, 2).square().permute(1, 0, 2),),
+    "keywords": (lambda h: F.relu(h).transpose(dim0=0, dim1=1).square().permute(dims=(1, 0, 2)),),
     "permute, then view": (lambda h: F.relu(h).square().permute(1, 0, 2).reshape(-1, HIDDEN_DIM), relu2_t_flat),
 }
 
@@ -376,13 +390,34 @@ CASTS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["train", "no_grad", "frozen up"])
+@pytest.mark.parametrize("mode", ["train", "no_grad"])
 @pytest.mark.parametrize("cast", CASTS)
 def test_cast(cast, mode):
     up, down, activation, reference = CASTS[cast]
     model = FFN(activation)
     model.up.to(up), model.down.to(down)
     check(model, inputs(dtype=up), reference, tolerance=2e-2, mode=mode)
+
+
+OTHER_USES = {
+    "returned": lambda h: h,
+    "averaged": lambda h: h.mean(),
+    "sliced": lambda h: h[..., :MODEL_DIM] * 2,
+    "gelu": F.gelu,
+}
+
+
+@pytest.mark.parametrize("use", OTHER_USES)
+def test_pre_activation_has_other_uses(use):
+    """``h`` stays dense and whole, so anybody may see it."""
+
+    class TwoOutputs(FFN):
+        def forward(self, x):
+            h = self.up(x)
+            other = OTHER_USES[use](h)
+            return self.down(self.activation(h)).sum(-1) + other.sum()
+
+    check(TwoOutputs(dense_relu2), inputs())
 
 
 class Wide(nn.Module):
@@ -528,8 +563,10 @@ def test_blocks(through, autocast):
     x, compiled = inputs(), Compiled(Blocks(dense_relu2, **kwargs))
     want = outcome(Blocks(relu2_24, **kwargs), x, autocast=autocast)
     assert_close(outcome(compiled, x, autocast=autocast), want, 2e-2 if autocast else 1e-5)
-    recomputed = ("relu2_sparsify",) if through else ()
-    assert_rewritten(compiled, 2, (*recomputed, "sampled_mm", "unpack", "unpack"))
+    assert compiled.forward == {"relu2_sparsify": 2, "sparse_mm": 2}
+    recomputed = compiled.backward.pop("relu2_sparsify", 0), compiled.backward.pop("sparse_mm", 0)
+    assert recomputed in ([(2, 0), (2, 1)] if through else [(0, 0)])  # the last block's output is never needed again
+    assert compiled.backward == {"sampled_mm": 2, "unpack": 4}
     assert [v.hidden_dim for v in compiled.verdicts] == [HIDDEN_DIM] * 2
 
 
@@ -565,8 +602,7 @@ def test_special_values(value):
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("mode", ["train", "no_grad"])
+@pytest.mark.parametrize("mode, dynamic", [("train", None), ("no_grad", True)])
 def test_inductor(mode, dynamic):
     """The real backend: its code calls our ops, and the numbers are the oracle's."""
     from torch._inductor.utils import run_and_get_code

@@ -1,0 +1,189 @@
+"""explain and measure."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import mask24, relative_error, relu2_24
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import ao_act24
+
+
+class MLP(nn.Module):
+    def __init__(self, activation=lambda h: F.relu(h).square(), dim=16, hidden=32):
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(dim, hidden), nn.Linear(hidden, dim), activation
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class Model(nn.Module):
+    """Two FFNs to rewrite, one not; a buffer and random numbers that a run changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([MLP(), MLP(F.gelu), MLP()])
+        self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + self.dropout(layer(x))
+        return self.norm(x)
+
+
+def test_report():
+    report = ao_act24.explain(Model(), torch.randn(6, 16))
+    assert [v.path for v in report] == ["layers.0", "layers.1", "layers.2"]
+    assert [v.rewritten for v in report] == [True, False, True] and len(report) == 3
+    assert [v.activation for v in report] == ["relu²", "gelu", "relu²"]
+    first, second = report.rewritten[0], report.dense[0]
+    assert (first.x, first.hidden_dim, first.out) == ((6, 16), 32, (6, 16))
+    assert (first.dtype, first.device, first.reason) == ("float32", "cpu", "")
+    assert first.source == "return self.down(self.activation(self.up(x)))"
+    assert second.reason == "the activation is gelu, not relu²"
+    text = str(report)
+    assert "2 of 3 FFN-like sites run in 2:4" in text and "layers.1" in text and "[6, 16] → 32 → [6, 16]" in text
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("look", [ao_act24.explain, ao_act24.measure, ao_act24.capture_graphs])
+def test_nothing_changes(look, training):
+    model = Model().train(training)
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(6, 16)
+    forward = model.layers[0].forward
+    random = torch.get_rng_state()
+    look(model, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert all(p.grad is None for p in model.parameters()) and model.training == training
+    assert model.layers[0].forward == forward and "forward" not in model.layers[0].__dict__
+
+
+def test_caches_play_no_part():
+    """Neither what was compiled before, nor earlier calls, nor their shapes."""
+    model = Model().eval()
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.randn(2, 16))
+    reports = [
+        ao_act24.explain(m, torch.randn(n, 16)) for m, n in [(model, 6), (compiled, 6), (model, 3), (model, 6)] * 3
+    ]
+    assert len({str(r) for r in reports[0::4] + reports[1::4] + reports[3::4]}) == 1
+    assert reports[2].verdicts[0].x == (3, 16), "no earlier call makes a size symbolic"
+    counter = torch._dynamo.testing.CompileCounter()
+    again = torch.compile(model, backend=counter)
+    again(torch.randn(2, 16))
+    ao_act24.explain(again, torch.randn(2, 16))
+    again(torch.randn(2, 16))
+    assert counter.frame_count == 1, "explain does not disturb compiled code"
+
+
+class Broken(nn.Module):
+    """Graph breaks, checkpointing, and a module that inner frames call self."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"a": Model(), "b": MLP()})
+
+    def forward(self, x):
+        x = self.inner["a"](x)
+        torch._dynamo.graph_break()
+        return checkpoint(self.inner["b"], x, use_reentrant=False)
+
+
+def test_graph_breaks_and_checkpoints():
+    report = ao_act24.explain(Broken(), torch.randn(6, 16))
+    paths = ["inner.a.layers.0", "inner.a.layers.1", "inner.a.layers.2", "inner.b"]
+    assert [v.path for v in report] == paths
+    assert "2 graphs" in report.notes[0] and "2 graphs" in str(report)
+
+
+def test_functions_and_already_transformed_models():
+    weight_1, weight_2 = torch.randn(32, 16), torch.randn(16, 32)
+    report = ao_act24.explain(lambda x: F.relu(x @ weight_1.T).square() @ weight_2.T, torch.randn(2, 16))
+    assert len(report.rewritten) == 1 and report.verdicts[0].path == ""
+    model = Model()
+    ao_act24.sparsify_(model)
+    assert [v.rewritten for v in ao_act24.explain(model, torch.randn(6, 16))] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "hidden, dtype, reason",
+    [(34, torch.float32, "divisible by 4, got 34"), (32, torch.float8_e4m3fn, "got torch.float8")],
+)
+def test_shapes_and_dtypes_that_cannot(hidden, dtype, reason):
+    def block(x):
+        h = F.linear(x, torch.ones(hidden, 16)).to(dtype)
+        y = F.relu(h.float()).square() if dtype == torch.float32 else F.relu(h) * F.relu(h)
+        return F.linear(y, torch.ones(16, hidden))
+
+    if dtype != torch.float32:
+        pytest.skip("float8 has no relu on the CPU, so no graph with it can be captured here")
+    report = ao_act24.explain(block, torch.randn(2, 16))
+    assert [v.rewritten for v in report] == [False] and reason in report.verdicts[0].reason
+
+
+def test_a_device_without_kernels_stays_dense():
+    from ao_act24.passes.judge import why_dense
+
+    config = ao_act24.Act24Config()
+    assert why_dense(torch.device("cpu"), config) == ""
+    assert "no 2:4 kernel for cuda" in why_dense(torch.device("cuda"), config)
+    assert why_dense(torch.device("cuda"), ao_act24.Act24Config(emulate=True)) == ""
+
+
+def test_measure_equals_what_it_defines(tmp_path):
+    model, x = Model().eval(), torch.randn(200, 16)
+    result = ao_act24.measure(model, x, loss=lambda out: out.square().mean())
+    h = model.layers[0].up(x)
+    square, kept = F.relu(h).square(), relu2_24(h)
+    first = result.layers[0]
+    assert (first.path, first.tokens) == ("layers.0", 200) and len(result.layers) == 2
+    assert first.zeros == pytest.approx(float((square == 0).float().mean()))
+    dropped = (square > 0) & ~mask24(h)
+    assert first.dropped == pytest.approx(float(dropped.sum() / (square > 0).sum())) and first.dropped > 0.1
+    energy = square[dropped].double().square().sum() / square.double().square().sum()
+    assert first.dropped_energy == pytest.approx(float(energy), rel=1e-5)
+    error = relative_error(model.layers[0].down(kept), model.layers[0].down(square))
+    assert first.error == pytest.approx(error, rel=1e-4)
+    dense = model(x)
+    ao_act24.sparsify_(model)
+    sparse = model(x)
+    assert result.dense_loss == pytest.approx(float(dense.square().mean()))
+    assert result.sparse_loss == pytest.approx(float(sparse.square().mean()))
+    assert result.output_error == pytest.approx(relative_error(sparse, dense), rel=1e-4)
+    again = ao_act24.measure(model, x)
+    assert again.layers[0].dropped == first.dropped and again.dense_loss is None
+    assert "layers.0" in str(result) and "loss dense" in str(result) and "loss dense" not in str(again)
+    result.plot(tmp_path / "measure.png")
+    assert (tmp_path / "measure.png").stat().st_size > 10_000
+
+
+def test_measure_sums_over_calls_of_a_shared_layer():
+    mlp = MLP()
+    result = ao_act24.measure(lambda x: mlp(mlp(x)), torch.randn(10, 16))
+    assert sum(layer.tokens for layer in result.layers) == 20
+
+
+def test_measure_without_a_block():
+    with pytest.raises(ValueError, match="no Linear→ReLU²→Linear block"):
+        ao_act24.measure(MLP(F.gelu), torch.randn(2, 16))
+
+
+def test_measure_extremes():
+    mlp = MLP()
+    nn.init.constant_(mlp.up.bias, -100.0)
+    (layer,) = ao_act24.measure(mlp, torch.randn(4, 16)).layers
+    assert (layer.zeros, layer.dropped, layer.dropped_energy, layer.error) == (1.0, 0.0, 0.0, 0.0)
+    assert ao_act24.measure(MLP(), torch.randn(0, 16)).layers[0].tokens == 0
+    autocast = MLP()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ao_act24.measure(autocast, torch.randn(4, 16)).layers[0].error > 0
+
+
+def test_a_config_must_make_sense():
+    with pytest.raises(TypeError, match="emulate must be True or False, got 'yes'"):
+        ao_act24.Act24Config(emulate="yes")
