@@ -80,6 +80,10 @@ class Act24Backend:
         config = patches.pop("act24", self.config)
         if not isinstance(config, Act24Config):
             raise TypeError(f"options['act24'] must be an Act24Config, got {config!r}")
+        if patches.setdefault("use_pre_grad_passes", True) is False:
+            if options and "use_pre_grad_passes" in options:
+                raise ValueError("options['use_pre_grad_passes'] must be True, or unset: the rewrite is such a pass")
+            patches["use_pre_grad_passes"] = True  # mode="lite" turns them off
         _say_if_nothing(gm, examine(gm, config))
         earlier = patches.get("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
         ours = Act24Pass(config)

@@ -14,6 +14,7 @@ another device. Numbers that a module keeps in attributes are read when ``sparsi
 import copy
 import inspect
 import linecache
+import operator
 import types
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node, Tracer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
@@ -55,87 +57,100 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
         raise TypeError("model must not be compiled yet: call sparsify_ first, then torch.compile")
     verdicts: list[Verdict] = []
     _visit(model, "", config or Act24Config(), verdicts)
-    report = Report(tuple(verdicts))
-    if not report.rewritten:
+    if not any(map(_is_sparsified, model.modules())):
         reasons = "; ".join(sorted({v.reason for v in verdicts})) or "no Linear→ReLU²→Linear block could be traced"
         message = f"ao_act24.sparsify_ rewrote nothing: {reasons}. ao_act24.explain(model, *inputs) lists every site."
         warnings.warn(message, Act24Warning, stacklevel=2)
-    return report
+    return Report(tuple(verdicts))
 
 
 def unsparsify_(model: nn.Module) -> int:
     """Undo ``sparsify_`` on ``model`` and everything in it. Returns the number of modules that were restored."""
-    restored = 0
-    for module in model.modules():
-        if _is_sparsified(module):
-            del module.forward
-            restored += 1
-    return restored
+    sparsified = [module for module in model.modules() if _is_sparsified(module)]
+    for module in sparsified:
+        del module.forward
+    return len(sparsified)
 
 
 def _is_sparsified(module: nn.Module) -> bool:
-    return hasattr(module.__dict__.get("forward"), "_act24_original")
+    return hasattr(module.__dict__.get("forward"), "_act24_verdicts")
 
 
-def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Verdict]) -> bool:
-    """Rewrite the smallest modules that hold a whole block. Returns whether one was found in ``module``."""
+def _is_patched(module: nn.Module) -> bool:
+    """Whether somebody else gave the instance another forward; a pickled bound method comes back as the class's own."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(parameter.ndim == 2 for parameter in module.parameters())
+
+
+def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Verdict]) -> None:
+    """Rewrite ``module`` and everything in it, innermost first; what holds several matrices is opaque to its parent."""
     if _is_sparsified(module):
-        return True
-    children = module.named_children()
-    found = [_visit(child, f"{path}.{name}".lstrip("."), config, verdicts) for name, child in children]
-    if any(found):
-        return True
-    matrices = sum(parameter.ndim == 2 for parameter in module.parameters())
-    if matrices < 2 or "forward" in module.__dict__:
-        return False
-    traced = [_trace(module, training) for training in (True, False)]
-    if None in traced:
-        return False
-    forwards, seen = [], []
-    for graph_module in traced:
-        assert graph_module is not None
-        seen.append(rewrite_graph(graph_module.graph, config))
-        rewritten = any(verdict.rewritten for verdict in seen[-1])
-        forwards.append(_generate(module, path, graph_module) if rewritten else None)
-    here = seen[0 if module.training else 1]
+        verdicts.extend(verdict.within(path) for verdict in module.forward._act24_verdicts)  # type: ignore[attr-defined]
+    for name, child in module.named_children():
+        _visit(child, f"{path}.{name}".lstrip("."), config, verdicts)
+    own = sum(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
+    own += sum(count for child in module.children() if (count := _matrices(child)) < 2)
+    if own < 2 or _is_patched(module):
+        return
+    train, evaluate = (_trace(module, training) for training in (True, False))
+    if train is None or evaluate is None:
+        return
+    found = [rewrite_graph(graph_module.graph, config) for graph_module in (train, evaluate)]
+    here = found[0 if module.training else 1]
     verdicts.extend(verdict.within(path) for verdict in here)
+    forwards = [
+        _generate(module, path, graph_module) if any(verdict.rewritten for verdict in sites) else None
+        for graph_module, sites in zip((train, evaluate), found)
+    ]
     if any(forwards):
-        module.forward = types.MethodType(_dispatcher(module, *forwards), module)
-    return bool(here)
+        forward = _dispatcher(module, *forwards)
+        forward._act24_verdicts = here  # type: ignore[attr-defined]
+        module.forward = types.MethodType(forward, module)
 
 
 class _Tracer(Tracer):
-    """Leaves linear layers, dropout and whatever holds matrices, hooks or a forward of its own as module calls."""
+    """Keeps as module calls: torch's own modules, and what holds several matrices, hooks or a forward of its own."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if super().is_leaf_module(module, qualified_name):
-            return True
-        matrices = sum(parameter.ndim == 2 for parameter in module.parameters())
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
-        return matrices > 1 or hooked or "forward" in module.__dict__
+        inside = list(module.modules())
+        opaque = _matrices(module) > 1 or any(map(_is_hooked, inside)) or any(map(_is_patched, inside))
+        return opaque or super().is_leaf_module(module, qualified_name)
 
 
 def _trace(module: nn.Module, training: bool) -> GraphModule | None:
-    """The graph of ``module``'s forward on a copy that shares its tensors; None if it cannot be traced."""
-    names = _required(type(module).forward)
-    if names is None:
+    """The graph of ``module``'s forward on a copy that shares its tensors; None if it cannot be traced faithfully."""
+    parameters = _parameters(type(module).forward)
+    if parameters is None:
         return None
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     tensors = [*module.parameters(), *module.buffers()]
     try:
         root = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).train(training)
-        constants = {
-            name: parameter.default
-            for name, parameter in inspect.signature(type(root).forward).parameters.items()
-            if parameter.default is not parameter.empty
-        }
-        attributes = set(dir(root))
-        graph = _Tracer().trace(root, concrete_args=constants or None)
-        for node in [node for node in graph.nodes if node.op == "placeholder" and str(node.target) not in names]:
-            if node.users:
-                return None
-            graph.erase_node(node)
-        if set(dir(root)) - attributes:
-            return None  # tracing had to store a constant that the module itself does not have
+        before = _attributes(root)
+        graph = _Tracer().trace(root, concrete_args=defaults or None)
+        if _attributes(root) != before:
+            return None  # forward stores something; generated code would not
+        for node in reversed(graph.nodes):  # torch.fx asserts that defaults are not given; the dispatcher sees to that
+            if node.target in (torch._assert, operator.eq) or getattr(node.target, "__name__", "") == "_assert_is_none":
+                if not node.users:
+                    graph.erase_node(node)
+            elif (
+                node.op == "placeholder"
+                and node.target.partition("_")[0]
+                and str(node.target) not in _required(parameters)
+            ):
+                if node.users:
+                    return None
+                graph.erase_node(node)
         graph_module = GraphModule(root, graph)
     except Exception:  # symbolic tracing runs the module's own code on proxies, and that may raise anything
         return None
@@ -145,17 +160,34 @@ def _trace(module: nn.Module, training: bool) -> GraphModule | None:
     return graph_module
 
 
+def _attributes(root: nn.Module) -> list[object]:
+    """Everything that a forward could store in its modules, as something to compare."""
+
+    def identity(value: object) -> object:
+        return [id(item) for item in value] if isinstance(value, (list, tuple, set)) else id(value)
+
+    found: list[object] = []
+    for name, module in root.named_modules():
+        for key, value in vars(module).items():
+            items = value.items() if isinstance(value, dict) else [("", value)]
+            found.append((name, key, [(item, identity(part)) for item, part in items]))
+    return found
+
+
 def _attribute(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
-def _required(forward: _Forward) -> list[str] | None:
-    """The names of a forward's parameters that have no default; None if it takes ``*args`` or ``**kwargs``."""
+def _parameters(forward: _Forward) -> list[inspect.Parameter] | None:
+    """A forward's parameters but for self; None if it takes ``*args`` or ``**kwargs``."""
     parameters = list(inspect.signature(forward).parameters.values())[1:]
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return None
+    variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    return None if variable else parameters
+
+
+def _required(parameters: list[inspect.Parameter]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty]
 
 
@@ -165,6 +197,7 @@ class _Generated:
 
     run: _Forward
     inlined: list[tuple[str, type[nn.Module]]]  # submodules whose code was traced, and so is not called any more
+    biased: set[str]  # the linear layers among them that have a bias
     weights: list[str]  # what sparse_mm multiplies by
     device_type: str
 
@@ -187,51 +220,68 @@ def _generate(module: nn.Module, path: str, graph_module: GraphModule) -> _Gener
     multiplied = [node.args[2] for node in graph.nodes if is_our_op(node, "sparse_mm")]
     weights = [str(node.target) for node in multiplied if isinstance(node, Node) and node.op == "get_attr"]
     device = next(parameter.device for parameter in module.parameters() if parameter.ndim == 2)
-    return _Generated(namespace["forward"], inlined, weights, device.type)
+    biased = {name for name, _ in inlined if getattr(module.get_submodule(name), "bias", None) is not None}
+    return _Generated(namespace["forward"], inlined, biased, weights, device.type)
 
 
 def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generated | None) -> _Forward:
     """The new forward: the generated one for the module's mode if its conditions hold, else the original."""
     original = type(module).forward
-    names = _required(original)
-    assert names is not None
+    parameters = _parameters(original)
+    assert parameters is not None
+    positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    required = _required(parameters)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     warned = set()
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         generated = train if self.training else evaluate
-        if generated is not None:
-            given = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
-            plain = len(given) == len(names) == len(args) + len(kwargs)
-            if plain and all(isinstance(arg, Tensor) for arg in given):
-                changed = _changed(self, generated, given)
-                if not changed:
-                    return generated.run(self, *given)
-                if not torch.compiler.is_compiling() and changed not in warned:
-                    warned.add(changed)
-                    warnings.warn(f"{changed}: {type(self).__name__} runs dense", Act24Warning, stacklevel=2)
+        if generated is None:
+            return original(self, *args, **kwargs)
+        given = {**dict(zip(positional, args)), **kwargs}
+        plain = len(given) == len(args) + len(kwargs)  # else an argument too many, which the original complains of
+        for name, value in given.items():
+            if name in defaults:
+                plain = plain and value is defaults[name]
+            else:
+                plain = plain and name in required and isinstance(value, Tensor)
+        if not plain or any(name not in given for name in required):
+            return original(self, *args, **kwargs)
+        inputs = [given[name] for name in required]
+        changed = _changed(self, generated, inputs)
+        if not changed:
+            return generated.run(self, *inputs)
+        if not torch.compiler.is_compiling() and changed not in warned:
+            warned.add(changed)
+            warnings.warn(f"{changed}: {type(self).__name__} runs dense", Act24Warning, stacklevel=2)
         return original(self, *args, **kwargs)
 
     forward.__wrapped__ = next(g.run for g in (train, evaluate) if g)  # type: ignore[attr-defined]  # for inspect.getsource
-    forward._act24_original = original  # type: ignore[attr-defined]
     return forward
 
 
-def _changed(module: nn.Module, generated: _Generated, given: tuple[Tensor, ...]) -> str:
+def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> str:
     """What no longer is as it was when ``sparsify_`` looked; empty if nothing."""
     for path, kind in generated.inlined:
         child = module.get_submodule(path)
         if type(child) is not kind:
             return f"{path} was replaced after sparsify_, by a {type(child).__name__}"
-        if child._forward_hooks or child._forward_pre_hooks:
-            return f"{path} has a forward hook"
+        if _is_hooked(child):
+            return f"{path} has a hook"
+        if _is_patched(child):
+            return f"{path} was given another forward"
         if child.training != module.training and not isinstance(child, nn.Linear):
             return f"{path} is not in the training mode of the module around it"
         if kind is nn.Dropout and child.training and child.p:
             return f"{path} drops with p={child.p}"
+        if isinstance(child, nn.Linear) and child.bias is not None and path not in generated.biased:
+            return f"{path} has a bias, and had none when sparsify_ looked"
     for path in generated.weights:
         weight = _attribute(module, path)
-        if type(weight) not in (nn.Parameter, Tensor):
+        if is_traceable_wrapper_subclass(weight):
             return f"{path} became a {type(weight).__name__}"
-    if given[0].device.type != generated.device_type:
-        return f"the input is on {given[0].device}, and sparsify_ decided for {generated.device_type}"
+        if weight.shape[-1] % 4:
+            return f"{path} now has shape {tuple(weight.shape)}"
+    if inputs and inputs[0].device.type != generated.device_type:
+        return f"the input is on {inputs[0].device}, and sparsify_ decided for {generated.device_type}"
     return ""

@@ -64,9 +64,9 @@ def main():
     dense_tokens = generate(model)
     ao_act24.sparsify_(model, config)
     tokens = generate(model)
-    print("dense     ", dense_tokens)
-    print("2:4       ", tokens)
-    print("reference ", generate(reference))
+    print("dense    ", *dense_tokens)
+    print("2:4      ", *tokens)
+    print("reference", *generate(reference))
     assert tokens == generate(reference)
     print("The tokens of the rewritten model are those of its reference.")
 

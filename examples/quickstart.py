@@ -16,18 +16,26 @@ import ao_act24
 DIM, LAYERS, HEADS, CONTEXT, BATCH, STEPS = 128, 4, 4, 128, 8, 300
 
 
+class FFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, 4 * DIM, bias=False), nn.Linear(4 * DIM, DIM, bias=False)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())  # what 2:4 is for
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm_1, self.norm_2 = nn.RMSNorm(DIM), nn.RMSNorm(DIM)
+        self.norm_1, self.norm_2, self.ffn = nn.RMSNorm(DIM), nn.RMSNorm(DIM), FFN()
         self.qkv, self.proj = nn.Linear(DIM, 3 * DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
-        self.up, self.down = nn.Linear(DIM, 4 * DIM, bias=False), nn.Linear(4 * DIM, DIM, bias=False)
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, HEADS, DIM // HEADS)).permute(2, 0, 3, 1, 4)
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(attention.transpose(1, 2).flatten(-2))
-        return x + self.down(F.relu(self.up(self.norm_2(x))).square())  # the FFN that 2:4 is for
+        return x + self.ffn(self.norm_2(x))
 
 
 class GPT(nn.Module):
@@ -66,7 +74,9 @@ def held_out_loss(logits):
     return F.cross_entropy(logits.flatten(0, 1), test_y.flatten())
 
 
-print(f"[b]1. Train densely[/b] on {len(sources)} files of Python's standard library, {len(train) / 1e6:.1f} MB of bytes")
+print(
+    f"[b]1. Train densely[/b] on {len(sources)} files of Python's standard library, {len(train) / 1e6:.1f} MB of bytes"
+)
 for step, (x, y) in enumerate(batches(train, STEPS + 1)):
     if step % 100 == 0:
         layers = (result := ao_act24.measure(model, test_x, loss=held_out_loss)).layers
@@ -77,11 +87,9 @@ for step, (x, y) in enumerate(batches(train, STEPS + 1)):
     loss.backward()
     optimizer.step()
 
-print("\n[b]2. Look first[/b]: what would be rewritten, and the first block's graph before and after")
+print("\n[b]2. Look first[/b]: what would be rewritten, and one FFN's graph before and after")
 print(ao_act24.explain(model, test_x, config=config))
-hidden = torch.randn(1, CONTEXT, DIM, device=device)
-with torch.no_grad():
-    graphs = ao_act24.capture_graphs(model.blocks[0], hidden, config=config)
+graphs = ao_act24.capture_graphs(model.blocks[0].ffn, torch.randn(BATCH, CONTEXT, DIM, device=device), config=config)
 print(graphs.before[0], graphs.after[0], sep="\n\n")
 
 print("\n[b]3. Compile[/b]: one line, training and inference alike")

@@ -24,10 +24,12 @@ __all__ = ["Act24Warning", "Report", "Verdict", "examine", "graph_modules", "rew
 
 def rewrite_graph(graph: Graph, config: Act24Config) -> list[Verdict]:
     """Rewrite every site of ``graph`` that can be, in place, and say what became of each."""
-    verdicts = []
-    for site in find_sites(graph):
-        reason = judge(site, config)
-        verdicts.append(describe(site, reason))
+    sites = find_sites(graph)
+    reasons = [judge(site, config) for site in sites]
+    verdicts = [describe(site, reason) for site, reason in zip(sites, reasons)]
+    for site, reason in reversed(
+        list(zip(sites, reasons))
+    ):  # the last first: a site's h may be an earlier site's result
         if not reason and not site.rewritten:
             rewrite(site)
     return verdicts

@@ -9,6 +9,7 @@ the reason in words, so that a report can say why a block stayed dense.
     out = linear(y, W2, b2)      or x @ W, mm, addmm
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -108,13 +109,19 @@ def _relu2_site(down: Linear) -> Site | None:
     site = Site("relu²", down.node, down=down, relu2=relu2)
     if isinstance(up, Linear):
         site.up = up
-    site.reason = up if isinstance(up, str) else _obstacle(relu2, down)
+    site.reason = up if isinstance(up, str) else _obstacle(relu2, up, down)
     return site
 
 
-def _obstacle(relu2: Relu2, down: Linear) -> str:
+def _obstacle(relu2: Relu2, up: Linear, down: Linear) -> str:
     """What in the graph speaks against rewriting a block of the right form; empty if nothing."""
-    return _second_consumer(relu2, down) or _in_place(relu2) or _dropout(relu2) or _entangled(relu2)
+    return (
+        _second_consumer(relu2, down)
+        or _overwritten(relu2, up, down)
+        or _grad_mode(relu2, down)
+        or _dropout(relu2)
+        or _entangled(relu2)
+    )
 
 
 def _gated_site(down: Linear) -> Site | None:
@@ -139,6 +146,9 @@ def _gated_site(down: Linear) -> Site | None:
             elif any(other in relu2.inside for other in factors if other is not factor):
                 site.activation = "relu to the power 3"
                 site.reason = "the activation is relu to the power 3, not relu²"
+            elif any(_ancestors(other) & relu2.inside for other in factors if other is not factor):
+                site.activation = "relu²"
+                site.reason = _where_it_goes(_strip(factor)[1])
             elif op_name(node) == "mul":
                 site.activation = "gated relu²"
                 site.reason = "gated ReLU², relu²(gate) * up, is not supported yet: it stays dense"
@@ -222,6 +232,7 @@ def _match_h_times_relu(node: Node, a: object, b: object) -> Relu2 | None:
     for h, factor in ((a, b), (b, a)):
         if isinstance(factor, Node) and (relu := _match_relu(factor)) and relu.h is h and not relu.in_place:
             relu.inside.add(node)
+            relu.in_place = mutates(node) and node.args[0] is h
             return relu
     return None
 
@@ -319,7 +330,9 @@ def _climb_to_linear(node: object) -> Linear | str:
 
 def _second_consumer(relu2: Relu2, down: Linear) -> str:
     """Nobody else may see the activation: it no longer exists in dense form after the rewrite."""
-    for node in sorted(relu2.inside, key=str):
+    if down.weight in relu2.inside or down.bias in relu2.inside:
+        return "the activation is multiplied by itself: the second operand is no weight"
+    for node in sorted(relu2.inside):
         for user in node.users:
             if user in relu2.inside or user is down.node:
                 continue
@@ -337,28 +350,53 @@ def _second_consumer(relu2: Relu2, down: Linear) -> str:
     return ""
 
 
-def _in_place(relu2: Relu2) -> str:
-    """In-place steps are safe only if nothing else sees the tensor that they overwrite, under whatever view of it."""
-    aliases, node = {relu2.h}, relu2.h
-    while (between := as_between(node)) and between.kind in ("view", "identity"):
-        node = between.input
-        aliases.add(node)
-    queue = list(aliases)
-    while queue:
-        for user in queue.pop().users:
-            if user not in aliases | relu2.inside and (step := as_between(user)) and step.kind != "cast":
-                aliases.add(user)
-                queue.append(user)
-    for alias in sorted(aliases, key=str):
-        for user in alias.users:
-            if user in aliases or user in relu2.inside:
-                continue
-            if mutates(user):
-                return f"the pre-activation is changed in place by {op_name(user)}: use the out-of-place form"
-            if relu2.in_place:
-                other = op_name(user) or user.name
-                return f"ReLU works in place on a tensor that {other} also sees: use the out-of-place form"
+def _overwritten(relu2: Relu2, up: Linear, down: Linear) -> str:
+    """After the rewrite ``h`` is read just before ``down``, and in-place steps of the pattern do not happen.
+
+    Whether two tensors share memory is not asked: whatever is made from the up projection's result counts.
+    """
+    made = {up.node}
+    for node in _between(up.node, down.node):
+        if made & set(node.all_input_nodes):
+            made.add(node)
+    for node in _between(min(relu2.inside), down.node):
+        if node not in relu2.inside and mutates(node) and made & set(node.all_input_nodes):
+            return f"the pre-activation may be changed in place by {op_name(node)}: use the out-of-place form"
+    if relu2.in_place:
+        path = made & (_ancestors(relu2.h) | {relu2.h})
+        for node in sorted(path):
+            for user in node.users:
+                if user not in path | relu2.inside:
+                    other = op_name(user) or user.name
+                    return f"ReLU works in place on a tensor that {other} also sees: use the out-of-place form"
     return ""
+
+
+def _grad_mode(relu2: Relu2, down: Linear) -> str:
+    """The operators stand where ``down`` stood; the activation must not have been in another grad mode."""
+    modes = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+    if any(getattr(node.target, "__name__", "") in modes for node in _between(min(relu2.inside), down.node)):
+        return "a change of grad mode (torch.no_grad and the like) stands between ReLU² and the down projection"
+    return ""
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    """The nodes of a graph after ``first`` and before ``last``, in order."""
+    node = first.next
+    while node is not last and node.op != "output":
+        yield node
+        node = node.next
+
+
+def _ancestors(node: Node) -> set[Node]:
+    """Everything that ``node`` is computed from."""
+    found: set[Node] = set()
+    queue = [node]
+    while queue:
+        new = [n for n in queue.pop().all_input_nodes if n not in found]
+        found.update(new)
+        queue += new
+    return found
 
 
 def _dropout(relu2: Relu2) -> str:

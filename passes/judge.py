@@ -17,10 +17,17 @@ def judge(site: Site, config: Act24Config) -> str:
     if site.reason or site.rewritten:
         return site.reason
     assert site.relu2 is not None and site.down is not None
-    h, (weight, _) = value(site.relu2.h), down_weight(site)
+    h, (weight, transposed) = value(site.relu2.h), down_weight(site)
     for name, tensor in (("the hidden activation", h), ("the down projection's weight", weight)):
         if tensor is not None and is_traceable_wrapper_subclass(tensor):
             return f"{name} is a {type(tensor).__name__}: 2:4 works on plain tensors only"
+    bias = value(site.down.bias)
+    if weight is not None and weight.ndim != 2:
+        return f"the down projection's weight must be a matrix, got shape {tuple(weight.shape)}"
+    if bias is not None and weight is not None and site.down.weight is not None:
+        outputs = weight.shape[1 if transposed else 0]
+        if bias.ndim != 1 or not same_size(bias.shape[0], outputs):
+            return f"the down projection's bias must have shape ({outputs},), got {tuple(bias.shape)}"
     hidden_dim = hidden_size(site)
     if hidden_dim is None:
         return "the hidden size is not known from the graph"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
+from torch.utils._dtype_abbrs import dtype_abbrs
 
 from .report import clean_path
 from .vocabulary import value
@@ -48,7 +49,7 @@ def _format(module: GraphModule, title: str, known: dict[str, str], inputs: list
         return free
 
     header: list[str] = []
-    lines: list[str] = []
+    lines: list[tuple[str, str]] = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
             wanted = inputs[len(header)] if inputs else known.get(node.name, input_name(node))
@@ -56,26 +57,28 @@ def _format(module: GraphModule, title: str, known: dict[str, str], inputs: list
         elif node.op == "get_attr":
             name(node, str(node.target))
         elif node.op == "output":
-            lines.append(f"    return {_argument(node.args[0], names)}")
+            lines.append((f"    return {_argument(node.args[0], names)}", ""))
         elif node.target is operator.getitem and node in names:
             continue  # already written as one of several results
         else:
-            parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-            if parts and len(parts) == len(node.users) and all(isinstance(key, int) for key in parts):
-                results = [parts[key] for key in sorted(parts)]
+            getitems = [user for user in node.users if user.target is operator.getitem]
+            if getitems and len(getitems) == len(node.users) and isinstance(value(node), (tuple, list)):
+                results = sorted(getitems, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
                 fields = _fields(node)
-                left = ", ".join(name(result, fields.get(i, _result_name(result))) for i, result in enumerate(results))
+                left = ", ".join(name(part, fields.get(part.args[1], _result_name(part))) for part in results)
                 types = ", ".join(_type(result) for result in results)
             else:
                 left, types = name(node, _result_name(node)), _type(node)
-            body = node.args[0] if node.args else None
-            if isinstance(body, Node) and isinstance(child := getattr(module, str(body.target), None), GraphModule):
+            region = node.args[0] if node.args else None
+            child = getattr(module, str(region.target), None) if isinstance(region, Node) else None
+            if isinstance(region, Node) and isinstance(child, GraphModule):
                 given = [names[arg] if isinstance(arg, Node) else str(arg) for arg in node.args[1:]]
                 matches = len(given) == len(child.graph.find_nodes(op="placeholder"))
-                subgraphs += _format(child, str(body.target), {}, given if matches else None)
-            line = f"    {left} = {_call(node, names)}"
-            lines.append(f"{line:<88}  # {types}" if types else line)
-    return ["\n".join([f"{title}(", *(f"{line}," for line in header), "):", *lines]), *subgraphs]
+                subgraphs += _format(child, str(region.target), {}, given if matches else None)
+            lines.append((f"    {left} = {_call(node, names)}", types))
+    width = min(100, max((len(line) for line, types in lines if types), default=0))
+    body = [f"{line:<{width}}  # {types}" if types else line for line, types in lines]
+    return ["\n".join([f"{title}(", *(f"{line}," for line in header), "):", *body]), *subgraphs]
 
 
 def input_name(node: Node) -> str:
@@ -90,7 +93,7 @@ def input_name(node: Node) -> str:
     return re.sub(r"^args\.(\d+)", r"arg\1", clean_path(path))
 
 
-def _fields(node: Node) -> dict[int, str]:
+def _fields(node: Node) -> dict[Any, str]:
     """The names that an operator's schema gives its results."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
@@ -127,6 +130,5 @@ def _argument(argument: Any, names: dict[Node, str]) -> str:
 def _type(node: Node) -> str:
     result = value(node)
     if isinstance(result, Tensor):
-        dtype = str(result.dtype).removeprefix("torch.")
-        return f"{dtype}[{', '.join(map(str, result.shape))}]"
+        return f"{dtype_abbrs[result.dtype]}[{', '.join(map(str, result.shape))}]"
     return type(result).__name__ if isinstance(result, (torch.SymInt, torch.SymFloat, torch.SymBool)) else ""

@@ -65,7 +65,8 @@ def op_name(node: object) -> str:
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_module":
-        name = _MODULES.get(type(submodule(node)), "")
+        module = submodule(node)
+        name = "" if "forward" in module.__dict__ else _MODULES.get(type(module), "")
     elif isinstance(node.target, torch._ops.OpOverload):
         name = node.target._schema.name.partition("::")[2] if node.target.namespace in ("aten", "prims") else ""
     elif isinstance(node.target, torch._ops.OpOverloadPacket):
@@ -123,6 +124,8 @@ def is_zero(x: object) -> bool:
     if not isinstance(x, Node):
         return False
     name = op_name(x)
+    if any(op_name(user) not in ("maximum", "max", "where", "gt", "ge", "lt", "le") for user in x.users):
+        return False  # somebody may write into it
     if name in ("zeros", "zeros_like", "new_zeros"):
         return True
     if name in ("tensor", "scalar_tensor", "new_tensor"):
@@ -140,13 +143,28 @@ def same_form(a: Node, b: Node) -> bool:
     return first.dtype == second.dtype and first.ndim == second.ndim and all(map(same_size, first.shape, second.shape))
 
 
+_INPLACE = {
+    "relu": 1,
+    "relu6": 1,
+    "silu": 1,
+    "mish": 1,
+    "hardswish": 1,
+    "elu": 2,
+    "leaky_relu": 2,
+    "threshold": 3,
+    "dropout": 3,
+}
+
+
 def mutates(node: Node) -> bool:
     """Whether the node writes into one of its arguments."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if node.op == "call_module":
+        return bool(getattr(submodule(node), "inplace", False))
     name = op_name(node)
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return in_place or bool(argument(node, _INPLACE.get(name, 99), "inplace")) or "out" in node.kwargs
 
 
 class Linear(NamedTuple):
@@ -218,13 +236,14 @@ def is_transpose(node: Node) -> bool:
     if name == "transpose":
         return sorted(int(d) % 2 for d in dims) == [0, 1]  # type: ignore[arg-type]
     if name == "permute":
-        return tuple(int(d) % 2 for d in _flat(dims)) == (1, 0)
+        return tuple(int(d) % 2 for d in _permutation(node)) == (1, 0)
     return False
 
 
-def _flat(sizes: Sequence[Any]) -> Sequence[Any]:
-    """``x.view(a, b)`` and ``x.view((a, b))`` alike."""
-    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+def _permutation(node: Node) -> Sequence[Any]:
+    """The dimensions of ``x.permute(a, b)``, ``x.permute((a, b))`` and ``x.permute(dims=(a, b))`` alike."""
+    dims = argument(node, 1, "dims")
+    return dims if isinstance(dims, (tuple, list)) else node.args[1:]
 
 
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy", "convert_element_type"}
@@ -300,7 +319,7 @@ def _keeps_last_dim(node: Node, name: str, source: Node) -> bool:
             dims = (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
             return all(d % before.ndim != last for d in dims)
         if name == "permute":
-            return bool(_flat(node.args[1:])[-1] % before.ndim == last)
+            return bool(_permutation(node)[-1] % before.ndim == last)
         return same_size(before.shape[-1], after.shape[-1])
     # without values: only what cannot touch the last dimension, whatever the number of dimensions
     return name == "flatten" and argument(node, 1, "start_dim", 0) == 0 and argument(node, 2, "end_dim", -1) == -2

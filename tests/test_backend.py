@@ -53,6 +53,7 @@ def check(compiled, mlp, x):
         {},
         {"fullgraph": True, "dynamic": True},
         {"mode": "reduce-overhead"},
+        {"mode": "lite"},
         {"mode": "max-autotune-no-cudagraphs"},
         {"options": {"epilogue_fusion": False, "act24": Act24Config(emulate=True)}},
         {"backend": Act24Backend(Act24Config(emulate=True)), "mode": "default", "dynamic": False},
@@ -78,7 +79,12 @@ def test_dynamic_sizes_share_one_graph():
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"act24": 3}, "must be an Act24Config, got 3"), ({"no_such": 1}, "no_such")]
+    "options, message",
+    [
+        ({"act24": 3}, "must be an Act24Config, got 3"),
+        ({"no_such": 1}, "no_such"),
+        ({"use_pre_grad_passes": False}, "must be True"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):

@@ -12,11 +12,6 @@ from torch.utils._pytree import tree_flatten
 import ao_act24
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-
-
 class Decoy(nn.Module):
     """A forward over the parts that the decoys need."""
 
@@ -292,7 +287,7 @@ DECOYS = {
     "maximum of two": (lambda m, x: m.down(torch.maximum(m.up(x), m.up2(x)).square()), "maximum to the power 2"),
     "h2 * relu(h)": (lambda m, x: m.down(m.up2(x) * F.relu(m.up(x))), "gated relu"),
     "filled zeros": (filled_zeros, ""),
-    "filled zeros by index": (filled_zeros_by_index, ""),
+    "filled zeros by index": (filled_zeros_by_index, None),
     "custom autograd.Function": (lambda m, x: m.down(Relu2Function.apply(m.up(x))), None),
     # gated
     "relu²(gate) * up": (lambda m, x: m.down(relu2(m.up(x)) * m.up2(x)), "gated ReLU²"),

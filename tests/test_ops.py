@@ -154,7 +154,11 @@ NARROW = dict(tokens=(4,), hidden_dim=8, out_dim=6, requires_grad=False)
         (lambda p, m, w, b: ops.sparsify(torch.ones(2, 6)), ValueError, "dense .* got 6"),
         (lambda p, m, w, b: ops.sparse_mm(p, m, w[:, :4], b), ValueError, r"weight .* H = 8 .* \(6, 4\)"),
         (lambda p, m, w, b: ops.sparse_mm(p, m, w[0], b), ValueError, r"weight .* \(8,\)"),
-        (lambda p, m, w, b: ops.sparse_mm(p, m, w.half(), b), TypeError, "weight .* packed, torch.float64, got torch.float16"),
+        (
+            lambda p, m, w, b: ops.sparse_mm(p, m, w.half(), b),
+            TypeError,
+            "weight .* packed, torch.float64, got torch.float16",
+        ),
         (lambda p, m, w, b: ops.sparse_mm(p, m, w, b[:2]), ValueError, r"bias .* \(6,\) .* \(2,\)"),
         (lambda p, m, w, b: ops.sparse_mm(p, m, w, b.float()), TypeError, "bias .*float32"),
         (lambda p, m, w, b: ops.sparse_mm(p, m[:2], w, b), ValueError, r"metadata .* \(4, 1\) .* \(2, 1\)"),

