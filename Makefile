@@ -1,5 +1,6 @@
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+PINS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
@@ -24,9 +25,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(BIN)/python pyproject.toml
-	$(BIN)/pip install -q -e '.[plot]'
+	$(BIN)/pip install -q -e '.[plot]' $(PINS)
 	touch $@
 
 $(VENV)/installed-%: $(VENV)/installed
-	$(BIN)/pip install -q -e '.[plot,$*]'
+	$(BIN)/pip install -q -e '.[plot,$*]' $(PINS)
 	touch $@

@@ -14,7 +14,7 @@ from ao_act24.config import Act24Config
 from ao_act24.kernels import reference
 from ao_act24.passes import graph_modules, rewrite_graph
 from ao_act24.passes.find import Site, find_sites
-from ao_act24.passes.report import describe
+from ao_act24.passes.report import as_text, describe
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Measurement:
         from rich.table import Table
 
         table = Table(title="what 2:4 does to each FFN", title_justify="left")
-        table.add_column("FFN")
+        table.add_column("FFN", no_wrap=True)
         for column in ("tokens", "zeros", "non-zeros dropped", "energy dropped", "output error"):
             table.add_column(column, justify="right")
         for layer in self.layers:
@@ -88,12 +88,7 @@ class Measurement:
         return Group(table, loss)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self)
 
     def plot(self, path: str | Path) -> None:
         """Draw shares of zeros, drops and errors over the layers into a picture file; the ending chooses the format."""

@@ -8,7 +8,6 @@ would there. That the tokens agree says that the rewrite computes what it should
 import copy
 
 import torch
-from rich import print
 from transformers import NemotronConfig, NemotronForCausalLM
 
 import ao_act24

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich import print
 from torch import nn
 
 import ao_act24
@@ -74,9 +73,7 @@ def held_out_loss(logits):
     return F.cross_entropy(logits.flatten(0, 1), test_y.flatten())
 
 
-print(
-    f"[b]1. Train densely[/b] on {len(sources)} files of Python's standard library, {len(train) / 1e6:.1f} MB of bytes"
-)
+print(f"1. Train densely on {len(sources)} files of Python's standard library, {len(train) / 1e6:.1f} MB of bytes")
 for step, (x, y) in enumerate(batches(train, STEPS + 1)):
     if step % 100 == 0:
         layers = (result := ao_act24.measure(model, test_x, loss=held_out_loss)).layers
@@ -87,12 +84,12 @@ for step, (x, y) in enumerate(batches(train, STEPS + 1)):
     loss.backward()
     optimizer.step()
 
-print("\n[b]2. Look first[/b]: what would be rewritten, and one FFN's graph before and after")
+print("\n2. Look first: what would be rewritten, and one FFN's graph before and after")
 print(ao_act24.explain(model, test_x, config=config))
 graphs = ao_act24.capture_graphs(model.blocks[0].ffn, torch.randn(BATCH, CONTEXT, DIM, device=device), config=config)
 print(graphs.before[0], graphs.after[0], sep="\n\n")
 
-print("\n[b]3. Compile[/b]: one line, training and inference alike")
+print("\n3. Compile: one line, training and inference alike")
 compiled = torch.compile(model, backend="ao_act24", options={"act24": config})
 with torch.no_grad():
     print(f"held-out loss, compiled in 2:4: {held_out_loss(compiled(test_x)):.4f}")
@@ -104,7 +101,7 @@ for x, y in batches(train, 20):
 with torch.no_grad():
     print(f"held-out loss after 20 training steps in 2:4, backward included: {held_out_loss(compiled(test_x)):.4f}")
 
-print("\n[b]4. What does 2:4 cost this model?[/b]")
+print("\n4. What does 2:4 cost this model?")
 result = ao_act24.measure(model, test_x, loss=held_out_loss)
 print(result)
 result.plot("quickstart.png")

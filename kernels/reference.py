@@ -18,17 +18,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def two_largest(key: Tensor) -> Tensor:
-    """Positions of the two largest of every four neighbours: ``[..., H]`` to ``[..., H / 4, 2]``, ascending.
+    """Positions of the two largest magnitudes of every four: ``[..., H]`` to ``[..., H / 4, 2]``, ascending.
 
     On a tie the lower position wins. NaN counts as larger than anything.
     """
-    groups = key.unflatten(-1, (key.shape[-1] // 4, 4))
-    order = groups.sort(dim=-1, descending=True, stable=True).indices  # torch sorts NaN first when descending
+    # Magnitudes are ordered as their bits are, and integers have no NaN: where a float sort puts those depends on the
+    # device.
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[key.dtype.itemsize]
+    bits = torch.where(key.isnan(), torch.iinfo(integer).max, key.abs().view(integer))
+    order = bits.unflatten(-1, (key.shape[-1] // 4, 4)).sort(dim=-1, descending=True, stable=True).indices
     return order[..., :2].sort(dim=-1).values
 
 
 def relu2(h: Tensor) -> Tensor:
-    """``relu(h)**2``, dense: the square is taken in fp32 and rounded once to the dtype of ``h``. Zeros are ``+0``."""
+    """``relu(h)**2``, dense: squared in fp32, rounded once to the dtype of ``h``. Zeros are ``+0``; NaN is any NaN."""
     return h.clamp_min(0).to(accumulation_dtype(h.dtype)).square().to(h.dtype)
 
 
@@ -40,7 +43,7 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
 
 def sparsify(dense: Tensor) -> tuple[Tensor, Tensor]:
     """Of every four neighbours the two of largest magnitude, values unchanged. Returns ``packed, metadata``."""
-    index = two_largest(dense.abs())
+    index = two_largest(dense)
     return take(dense, index), layout.encode(index)
 
 

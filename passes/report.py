@@ -1,6 +1,7 @@
 """What was found and decided, for people and for programs."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,17 @@ from torch.fx import Node
 from .find import Site
 from .judge import down_weight, hidden_size
 from .vocabulary import value
+
+
+def as_text(table: Any) -> str:
+    """A rich renderable as plain text, as wide as the terminal; 140 columns where there is none."""
+    from rich.console import Console
+
+    width = max(100, shutil.get_terminal_size((140, 24)).columns)
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
 class Act24Warning(UserWarning):
@@ -87,7 +99,7 @@ class Report:
 
         table = Table(title=self.summary(), title_justify="left")
         for column in ("site", "activation", "x → hidden → out", "dtype", "2:4", "why not"):
-            table.add_column(column, overflow="fold", ratio=2 if column == "why not" else None)
+            table.add_column(column, overflow="fold", no_wrap=column == "site")
         for v in self.verdicts:
             shapes = f"{_shape(v.x)} → {'?' if v.hidden_dim is None else v.hidden_dim} → {_shape(v.out)}"
             mark = Text("yes", "green") if v.rewritten else Text("no", "yellow")
@@ -95,12 +107,7 @@ class Report:
         return Group(table, *self.notes)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=140, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self)
 
 
 def describe(site: Site, reason: str) -> Verdict:

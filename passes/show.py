@@ -63,7 +63,7 @@ def _format(module: GraphModule, title: str, known: dict[str, str], inputs: list
         else:
             getitems = [user for user in node.users if user.target is operator.getitem]
             if getitems and len(getitems) == len(node.users) and isinstance(value(node), (tuple, list)):
-                results = sorted(getitems, key=lambda user: user.args[1])  # type: ignore[arg-type, return-value]
+                results = sorted(getitems, key=lambda user: user.args[1])
                 fields = _fields(node)
                 left = ", ".join(name(part, fields.get(part.args[1], _result_name(part))) for part in results)
                 types = ", ".join(_type(result) for result in results)

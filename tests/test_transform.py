@@ -333,7 +333,7 @@ def test_hook_on_the_activation_warns():
     model = FFN()
     sparsify_(model)
     model.activation.register_forward_hook(lambda *_: None)
-    with pytest.warns(Act24Warning, match="activation has a forward hook: FFN runs dense"):
+    with pytest.warns(Act24Warning, match="activation has a hook: FFN runs dense"):
         model(data())
 
 
