@@ -124,7 +124,7 @@ def is_zero(x: object) -> bool:
     if not isinstance(x, Node):
         return False
     name = op_name(x)
-    if any(op_name(user) not in ("maximum", "max", "where", "gt", "ge", "lt", "le") for user in x.users):
+    if any(op_name(user) not in ("maximum", "max", "where", "gt", "ge", "lt", "le", "to") for user in x.users):
         return False  # somebody may write into it
     if name in ("zeros", "zeros_like", "new_zeros"):
         return True
