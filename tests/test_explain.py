@@ -168,6 +168,14 @@ def test_measure_sums_over_calls_of_a_shared_layer():
     assert sum(layer.tokens for layer in result.layers) == 20
 
 
+def test_measure_shows_progress_on_a_terminal_only(capsys, monkeypatch):
+    ao_act24.measure(MLP(), torch.randn(2, 16))
+    assert "measuring" not in capsys.readouterr().err
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    ao_act24.measure(MLP(), torch.randn(2, 16))
+    assert "measuring FFNs" in capsys.readouterr().err
+
+
 def test_measure_without_a_block():
     with pytest.raises(ValueError, match="no Linear→ReLU²→Linear block"):
         ao_act24.measure(MLP(F.gelu), torch.randn(2, 16))

@@ -344,6 +344,26 @@ after(
         )
 
 
+def test_selective_checkpointing_keeps_what_its_policy_lists():
+    from functools import partial
+
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    ours = (torch.ops.ao_act24.relu2_sparsify.default, torch.ops.ao_act24.sparse_mm.default)
+
+    def backward(listed):
+        def policy(context, op, *args, **kwargs):
+            return CheckpointPolicy.MUST_SAVE if op in listed else CheckpointPolicy.PREFER_RECOMPUTE
+
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        mlp = MLP()
+        model = lambda x: checkpoint(mlp, x, use_reentrant=False, context_fn=contexts).sin()  # noqa: E731
+        return capture_graphs(model, torch.randn(4, 16)).backward[0]
+
+    assert "relu2_sparsify" in backward([]) and "ao_act24.sparse_mm(" in backward([])
+    assert "relu2_sparsify" not in backward(ours) and "ao_act24.sparse_mm(" not in backward(ours)
+
+
 def test_exported_programs_compile():
     mlp, x = MLP(bias=True).eval(), torch.randn(4, 16)
     module = torch.export.export(mlp, (x,), dynamic_shapes={"x": {0: torch.export.Dim("tokens", min=2)}}).module()
