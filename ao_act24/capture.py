@@ -17,8 +17,8 @@ def run_captured(
 ) -> Any:
     """``model(*args, **kwargs)`` with each graph that Dynamo makes of it given to ``backend``.
 
-    Grad mode and training mode are the caller's. Random state and buffers are put back afterwards, and the model's own
-    compiled code is neither used nor touched.
+    Grad mode and training mode are the caller's. Random state, buffers and what modules' attributes refer to are put
+    back afterwards.
     """
     model = getattr(model, "_orig_mod", model)
     # Dynamo's cache hangs on code objects: a copy has an empty one, so every graph is captured anew.
@@ -35,6 +35,8 @@ def _call(model: Any, args: Any, kwargs: Any) -> Any:
 
 @contextmanager
 def _unchanged(model: Any) -> Iterator[None]:
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    attributes = [(dict(vars(module)), dict(module._buffers)) for module in modules]
     tensors = list(model.buffers()) if isinstance(model, nn.Module) else []
     saved = [tensor.clone() for tensor in tensors]
     devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
@@ -44,6 +46,11 @@ def _unchanged(model: Any) -> Iterator[None]:
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
+        for module, saved_attributes in zip(modules, attributes):
+            for current, before in zip((vars(module), module._buffers), saved_attributes):
+                for name in [name for name in current if name not in before]:
+                    del current[name]
+                current.update({name: value for name, value in before.items() if current.get(name) is not value})
         with torch.no_grad():
             for tensor, copy in zip(tensors, saved):
                 if not torch.equal(tensor, copy):  # version counters do not tell: batch norm leaves them alone

@@ -3,6 +3,15 @@
 from dataclasses import dataclass
 
 
+def checked(config: object) -> "Act24Config":
+    """``config``, or the default for None."""
+    if config is None:
+        return Act24Config()
+    if not isinstance(config, Act24Config):
+        raise TypeError(f"config must be an Act24Config, got {config!r}")
+    return config
+
+
 @dataclass(frozen=True)
 class Act24Config:
     """Options of the rewrite.

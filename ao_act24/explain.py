@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 
 from ao_act24 import backend
 from ao_act24.capture import module_prefix, run_captured
-from ao_act24.config import Act24Config
+from ao_act24.config import Act24Config, checked
 from ao_act24.passes import Report, Verdict, examine
 
 
@@ -25,7 +25,7 @@ def explain(model: Callable[..., Any], *inputs: Any, config: Act24Config | None 
     Returns:
         A ``Report``: prints as a table, iterates over ``Verdict``.
     """
-    config = config or Act24Config()
+    config = checked(config)
     verdicts: list[Verdict] = []
     graphs = 0
     ddp = False
@@ -45,7 +45,7 @@ def explain(model: Callable[..., Any], *inputs: Any, config: Act24Config | None 
     if graphs > 1:
         notes.append(
             f"The model falls into {graphs} graphs (graph breaks); a block that one of them cuts cannot be rewritten. "
-            'TORCH_LOGS="graph_breaks" says where they are.'
+            'TORCH_LOGS="graph_breaks" says where they are. Layers that share one graph are listed once.'
         )
     if ddp:
         notes.append(backend.DDP_NOTE)

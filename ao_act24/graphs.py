@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ao_act24.capture import run_captured
-from ao_act24.config import Act24Config
+from ao_act24.config import Act24Config, checked
 from ao_act24.passes import graph_modules, rewrite_graph
 from ao_act24.passes.show import format_graph, input_name
 
@@ -78,7 +78,7 @@ def capture_graphs(
         names = {f"primals_{number}": input_name(node) for number, node in enumerate(placeholders, 1)}
         before.append(format_graph(gm, "before"))
         for module in graph_modules(gm):
-            rewrite_graph(module.graph, config or Act24Config())
+            rewrite_graph(module.graph, checked(config))
             module.recompile()
         after.append(format_graph(gm, "after"))
 

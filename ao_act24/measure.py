@@ -142,7 +142,7 @@ def measure(
     return Measurement(tuple(layers.values()), _loss(dense, loss), _loss(sparse, loss), error)
 
 
-@dataclass
+@dataclass(eq=False)  # Dynamo compares backends
 class _Probe:
     """A Dynamo backend that runs graphs eagerly with a stand-in for each sparse matmul.
 

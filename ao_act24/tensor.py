@@ -16,8 +16,9 @@ class Sparse24Tensor(TorchAOBaseTensor):
 
     The left operand of ``F.linear``, ``mm``, ``addmm`` and ``matmul``; its transpose, of a two-dimensional one, the
     right operand of ``mm`` and ``matmul``. These run ``ao_act24.ops.sparse_mm``, and their gradients reach the other
-    operands and, through ``packed``, what the values were made of. Everything else raises ``NotImplementedError``:
-    nothing densifies silently, ``to_dense`` does it openly.
+    operands and, through ``packed``, what the values were made of; not so for a Sparse24Tensor that is the input of a
+    compiled function, which is a constant to it. Everything else raises ``NotImplementedError``: nothing densifies
+    silently, ``to_dense`` does it openly.
 
     Attributes:
         packed: the kept values, ``[..., tokens, hidden_dim / 2]``, in row order.
@@ -154,6 +155,13 @@ class Sparse24Tensor(TorchAOBaseTensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
             return _PRODUCTS[func](*args, **(kwargs or {}))
+        if func in _COPIES:  # above autograd, so that gradients reach packed
+            self, *rest = args
+            packed = func(self.packed, *rest, **(kwargs or {}))
+            metadata = self.metadata.clone() if "clone" in func.__name__ else self.metadata.to(packed.device)
+            return Sparse24Tensor(packed, metadata, self.transposed)
+        if func is torch.Tensor.share_memory_:  # torch would crash: the wrapper has no storage
+            _unsupported("share_memory_")
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
@@ -218,6 +226,10 @@ _PRODUCTS: dict[Any, Any] = {
     torch.addmm: _addmm,
     torch.Tensor.addmm: _addmm,
 }
+
+_COPIES = {
+    getattr(torch.Tensor, name) for name in ("clone", "to", "half", "bfloat16", "float", "double", "cpu", "cuda")
+} | {torch.clone}
 
 implements = Sparse24Tensor.implements
 aten = torch.ops.aten

@@ -8,7 +8,8 @@ shows what runs. Removing the attribute restores the model.
 Symbolic tracing sees a module's code once. What it could get wrong is checked at each call, and where a check fails
 the module's original forward runs instead, with a warning where something changed: arguments other than tensors for
 exactly the required parameters, a submodule replaced or hooked since, dropout active although tracing saw it off,
-another device. Numbers that a module keeps in attributes are read when ``sparsify_`` is called.
+another device. Forwards that set or ask for grad mode or autocast are left alone. What a forward reads from attributes,
+globals and closures is read once, when ``sparsify_`` is called.
 """
 
 import copy
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node, Tracer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ao_act24.config import Act24Config
+from ao_act24.config import Act24Config, checked
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
 from ao_act24.passes.vocabulary import is_our_op
 
@@ -56,7 +57,7 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
     if hasattr(model, "_orig_mod"):
         raise TypeError("model must not be compiled yet: call sparsify_ first, then torch.compile")
     verdicts: list[Verdict] = []
-    _visit(model, "", config or Act24Config(), verdicts)
+    _visit(model, "", checked(config), verdicts)
     if not any(map(_is_sparsified, model.modules())):
         reasons = "; ".join(sorted({v.reason for v in verdicts})) or "no Linear→ReLU²→Linear block could be traced"
         message = f"ao_act24.sparsify_ rewrote nothing: {reasons}. ao_act24.explain(model, *inputs) lists every site."
@@ -129,7 +130,9 @@ class _Tracer(Tracer):
 def _trace(module: nn.Module, training: bool) -> GraphModule | None:
     """The graph of ``module``'s forward on a copy that shares its tensors; None if it cannot be traced faithfully."""
     parameters = _parameters(type(module).forward)
-    if parameters is None:
+    if parameters is None or any(
+        _reads_global_state(type(m).forward) for m in module.modules() if _is_inlined(m, module)
+    ):
         return None
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     tensors = [*module.parameters(), *module.buffers()]
@@ -158,6 +161,31 @@ def _trace(module: nn.Module, training: bool) -> GraphModule | None:
         if node.op == "get_attr":
             node.meta["example_value"] = _attribute(root, str(node.target))
     return graph_module
+
+
+def _is_inlined(part: nn.Module, module: nn.Module) -> bool:
+    return part is module or not (_matrices(part) > 1 or type(part).__module__.startswith("torch.nn"))
+
+
+_GLOBAL_STATE = {
+    "no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast", "random",
+    "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype",
+}  # fmt: skip
+
+
+def _reads_global_state(forward: _Forward) -> bool:
+    """Whether a forward sets or asks for grad mode or autocast, draws random numbers, or is wrapped by what may.
+
+    Symbolic tracing would run that once and leave it out of the graph.
+    """
+    if hasattr(forward, "__wrapped__") or not hasattr(forward, "__code__"):
+        return True
+    codes = [forward.__code__]
+    for code in codes:
+        if _GLOBAL_STATE & {*code.co_names, *code.co_freevars}:
+            return True
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return False
 
 
 def _attributes(root: nn.Module) -> list[object]:
@@ -247,6 +275,8 @@ def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generate
                 plain = plain and name in required and isinstance(value, Tensor)
         if not plain or any(name not in given for name in required):
             return original(self, *args, **kwargs)
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            return original(self, *args, **kwargs)  # torch.func's transforms do not know the operators
         inputs = [given[name] for name in required]
         changed = _changed(self, generated, inputs)
         if not changed:

@@ -119,6 +119,7 @@ def _obstacle(relu2: Relu2, up: Linear, down: Linear) -> str:
         _second_consumer(relu2, down)
         or _overwritten(relu2, up, down)
         or _grad_mode(relu2, down)
+        or _functional_transform(down)
         or _dropout(relu2)
         or _entangled(relu2)
     )
@@ -377,6 +378,13 @@ def _grad_mode(relu2: Relu2, down: Linear) -> str:
     modes = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
     if any(getattr(node.target, "__name__", "") in modes for node in _between(min(relu2.inside), down.node)):
         return "a change of grad mode (torch.no_grad and the like) stands between ReLU² and the down projection"
+    return ""
+
+
+def _functional_transform(down: Linear) -> str:
+    """Custom operators with Python gradients do not take part in torch.func's transforms."""
+    if any("increment_nesting" in getattr(node.target, "__name__", "") for node in down.node.graph.nodes):
+        return "the graph uses a torch.func transform (grad, jvp, vmap), in which the 2:4 operators cannot take part"
     return ""
 
 

@@ -9,7 +9,7 @@ from ao_act24.config import Act24Config
 from ao_act24.ops import DTYPES
 
 from .find import Site
-from .vocabulary import same_size, submodule, value, weight_origin
+from .vocabulary import cast_dtype, same_size, submodule, value, weight_origin
 
 
 def judge(site: Site, config: Act24Config) -> str:
@@ -36,6 +36,10 @@ def judge(site: Site, config: Act24Config) -> str:
     like = h if h is not None else weight
     if like is None:
         return "the dtype is not known from the graph"
+    steps = site.relu2.before_square + site.relu2.after_square
+    casts = [cast_dtype(step.node) for step in steps if step.kind == "cast"]
+    if any(dtype not in DTYPES for dtype in casts):
+        return f"the activation is cast to {next(dtype for dtype in casts if dtype not in DTYPES)} on its way"
     if like.dtype not in DTYPES:
         return f"the activation must have dtype bfloat16, float16, float32 or float64, got {like.dtype}"
     return why_dense(like.device, config)

@@ -139,7 +139,7 @@ def same_form(a: Node, b: Node) -> bool:
     """Whether two tensors have one shape and dtype, as far as the graph says: neither was broadcast or promoted."""
     first, second = value(a), value(b)
     if first is None or second is None:
-        return True
+        return all(op_name(zero) == "zeros_like" for zero in a.all_input_nodes if is_zero(zero))
     return first.dtype == second.dtype and first.ndim == second.ndim and all(map(same_size, first.shape, second.shape))
 
 
@@ -192,8 +192,8 @@ def as_linear(node: object) -> Linear | None:
             return None
         bias, data, weight = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
         transposed = True
-        if getattr(value(bias), "ndim", 1) != 1:
-            return None
+        if getattr(value(bias), "ndim", None) != 1:
+            return None  # a summand of another shape is no bias
     else:
         data, weight = argument(node, 0, "input"), argument(node, 1, "mat2" if name == "mm" else "other")
         bias, transposed = None, True
@@ -288,7 +288,10 @@ def dropout_rate(node: Node) -> float:
         module = submodule(node)
         return float(module.p) if module.training else 0.0  # type: ignore[arg-type]
     training = argument(node, 2, "training", argument(node, 2, "train", True))
-    return float(argument(node, 1, "p", 0.5)) if training else 0.0
+    rate = argument(node, 1, "p", 0.5)
+    if isinstance(training, Node) or isinstance(rate, Node):
+        return 1.0  # not known here: it may drop
+    return float(rate) if training else 0.0
 
 
 def _cast_kind(node: Node, source: Node) -> str:

@@ -28,10 +28,14 @@ class Model(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([MLP(), MLP(F.gelu), MLP()])
         self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(16)
+        self.register_buffer("average", torch.zeros(16))
+        self.calls = 0
 
     def forward(self, x):
         for layer in self.layers:
             x = x + self.dropout(layer(x))
+        self.calls, self.last = self.calls + 1, x.shape[0]
+        self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
         return self.norm(x)
 
 
@@ -60,6 +64,7 @@ def test_nothing_changes(look, training):
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     assert all(p.grad is None for p in model.parameters()) and model.training == training
+    assert model.calls == 0 and not hasattr(model, "last")
     assert model.layers[0].forward == forward and "forward" not in model.layers[0].__dict__
 
 
@@ -74,7 +79,7 @@ def test_caches_play_no_part():
     assert len({str(r) for r in reports[0::4] + reports[1::4] + reports[3::4]}) == 1
     assert reports[2].verdicts[0].x == (3, 16), "no earlier call makes a size symbolic"
     counter = torch._dynamo.testing.CompileCounter()
-    again = torch.compile(model, backend=counter)
+    again = torch.compile(MLP(), backend=counter)
     again(torch.randn(2, 16))
     ao_act24.explain(again, torch.randn(2, 16))
     again(torch.randn(2, 16))
@@ -101,6 +106,22 @@ def test_graph_breaks_and_checkpoints():
     assert "2 graphs" in report.notes[0] and "2 graphs" in str(report)
 
 
+def test_graph_breaks_do_not_stop_a_second_measurement():
+    model, x = Broken(), torch.randn(6, 16)
+    first, second = ao_act24.measure(model, x), ao_act24.measure(model, x)
+    assert [layer.error for layer in first.layers] == [layer.error for layer in second.layers]
+
+
+def test_casts_to_dtypes_without_2_4_are_reasons():
+    mlp = MLP()
+    for block in (
+        lambda x: mlp.down(F.relu(mlp.up(x)).to(torch.int32).square().float()),
+        lambda x: mlp.down(F.relu(mlp.up(x)).square().to(torch.float8_e4m3fn).float()),
+    ):
+        (verdict,) = ao_act24.explain(block, torch.randn(2, 16))
+        assert not verdict.rewritten and "is cast to torch." in verdict.reason
+
+
 def test_functions_and_already_transformed_models():
     weight_1, weight_2 = torch.randn(32, 16), torch.randn(16, 32)
     report = ao_act24.explain(lambda x: F.relu(x @ weight_1.T).square() @ weight_2.T, torch.randn(2, 16))
@@ -110,20 +131,9 @@ def test_functions_and_already_transformed_models():
     assert [v.rewritten for v in ao_act24.explain(model, torch.randn(6, 16))] == [True, False, True]
 
 
-@pytest.mark.parametrize(
-    "hidden, dtype, reason",
-    [(34, torch.float32, "divisible by 4, got 34"), (32, torch.float8_e4m3fn, "got torch.float8")],
-)
-def test_shapes_and_dtypes_that_cannot(hidden, dtype, reason):
-    def block(x):
-        h = F.linear(x, torch.ones(hidden, 16)).to(dtype)
-        y = F.relu(h.float()).square() if dtype == torch.float32 else F.relu(h) * F.relu(h)
-        return F.linear(y, torch.ones(16, hidden))
-
-    if dtype != torch.float32:
-        pytest.skip("float8 has no relu on the CPU, so no graph with it can be captured here")
-    report = ao_act24.explain(block, torch.randn(2, 16))
-    assert [v.rewritten for v in report] == [False] and reason in report.verdicts[0].reason
+def test_a_hidden_size_that_four_does_not_divide():
+    (verdict,) = ao_act24.explain(MLP(hidden=34), torch.randn(2, 16))
+    assert not verdict.rewritten and "divisible by 4, got 34" in verdict.reason
 
 
 def test_a_device_without_kernels_stays_dense():
@@ -195,3 +205,8 @@ def test_measure_extremes():
 def test_a_config_must_make_sense():
     with pytest.raises(TypeError, match="emulate must be True or False, got 'yes'"):
         ao_act24.Act24Config(emulate="yes")
+    for use in (ao_act24.explain, ao_act24.capture_graphs):
+        with pytest.raises((TypeError, RuntimeError), match="config must be an Act24Config, got 3"):
+            use(MLP(), torch.randn(2, 16), config=3)
+    with pytest.raises(TypeError, match="config must be an Act24Config, got 3"):
+        ao_act24.sparsify_(MLP(), 3)

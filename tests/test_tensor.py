@@ -77,6 +77,16 @@ def test_gradients_reach_values_and_operands(h):
     assert (leaf.grad != 0).sum() == 16
 
 
+@pytest.mark.parametrize(
+    "copy", [lambda s: s.clone(), lambda s: s.to(torch.float64).float(), lambda s: s.bfloat16().float(), torch.clone]
+)
+def test_gradients_pass_copies_and_casts(h, copy):
+    h.requires_grad_()
+    (got,) = torch.autograd.grad(F.linear(copy(Sparse24Tensor.from_hidden(h)), W).sum(), h)
+    (want,) = torch.autograd.grad(F.linear(relu2_24(h), W).sum(), h)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-4)
+
+
 def test_tensor_protocol(h):
     s = Sparse24Tensor.from_hidden(h)
     assert (s.shape, s.dtype, s.device.type, s.requires_grad) == ((64, 128), torch.float32, "cpu", False)
@@ -116,6 +126,7 @@ def test_save_and_load(h, transposed):
         (lambda s: F.linear(W, s), "F.linear as a weight"),
         (lambda s: s.t() @ torch.ones(64, 2), "product"),
         (lambda s: s @ s.t(), "product"),
+        (lambda s: s.share_memory_(), "share_memory_"),
         (lambda s: torch.addmm(s, torch.ones(64, 2), torch.ones(2, 128)), "sparse summand"),
     ],
 )

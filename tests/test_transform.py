@@ -823,3 +823,64 @@ def test_compiled_already():
 def test_wrong_config():
     with pytest.raises(TypeError, match="emulate"):
         sparsify_(FFN(), ao_act24.Act24Config(emulate="yes"))
+
+
+class NoGrad(FFN):
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.up(x)
+        return self.down(self.activation(h))
+
+
+class Autocast(FFN):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.down(self.activation(self.up(x)))
+
+
+class Decorated(FFN):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class AsksForGradMode(FFN):
+    def forward(self, x):
+        return self.down(self.activation(self.up(x))) * (1 if torch.is_grad_enabled() else 3)
+
+
+class ResidualInAddmm(FFN):
+    def forward(self, x):
+        return torch.addmm(x, self.activation(self.up(x)), self.down.weight.t())
+
+
+class WiderZeros(FFN):
+    def forward(self, x):
+        h = self.up(x)
+        return self.down(torch.maximum(h, h.new_zeros(3, 1, 1)).square())
+
+
+@pytest.mark.parametrize("kind", [NoGrad, Autocast, Decorated, AsksForGradMode, ResidualInAddmm, WiderZeros])
+def test_what_tracing_cannot_see_is_left_alone(kind):
+    model, x = kind(), torch.randn(6, model_dim(kind))
+    with pytest.warns(Act24Warning, match="rewrote nothing"):
+        sparsify_(model)
+    assert "forward" not in model.__dict__
+    assert torch.equal(model(x), kind.forward(model, x))
+
+
+def model_dim(kind):
+    return kind().up.in_features
+
+
+def test_functional_transforms_run_dense():
+    model, plain = FFN(), FFN()
+    plain.load_state_dict(model.state_dict())
+    sparsify_(model)
+    x = torch.randn(6, model.up.in_features)
+    got, want = (torch.func.jvp(m, (x,), (torch.ones_like(x),))[1] for m in (model, plain))
+    assert want.norm() > 0 and torch.equal(got, want)
+    got, want = (torch.func.grad(lambda x, m=m: m(x).sum())(x) for m in (model, plain))
+    assert torch.equal(got, want)
+    compiled = torch.compile(lambda x: torch.func.grad(lambda x: plain(x).sum())(x), backend="ao_act24")
+    assert_close({"": compiled(x)}, {"": want})
