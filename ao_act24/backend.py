@@ -14,7 +14,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from ao_act24.config import Act24Config
+from ao_act24.config import Act24Config, checked
 from ao_act24.fingerprint import source_digest
 from ao_act24.passes import Act24Warning, Verdict, examine, rewrite_graph
 from ao_act24.passes.vocabulary import as_linear
@@ -29,6 +29,9 @@ class Act24Pass(CustomGraphPass):
     """
 
     config: Act24Config = field(default_factory=Act24Config)
+
+    def __post_init__(self) -> None:
+        checked(self.config)
 
     def __call__(self, graph: Graph) -> None:
         rewrite_graph(graph, self.config)
@@ -63,6 +66,9 @@ class Act24Backend:
     """
 
     config: Act24Config = field(default_factory=Act24Config)
+
+    def __post_init__(self) -> None:
+        checked(self.config)
 
     def __call__(
         self,

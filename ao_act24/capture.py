@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from ao_act24.passes.show import input_name
 
@@ -25,12 +26,25 @@ def run_captured(
     run = types.FunctionType(_call.__code__.replace(), _call.__globals__)
     # Nor may earlier calls count: they would make sizes dynamic, or use up the number of recompilations allowed.
     alone = {"automatic_dynamic_shapes": False, "recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
-    with _unchanged(model), torch._dynamo.config.patch(alone):
+    with _unchanged(model), _unmarked((args, kwargs)), torch._dynamo.config.patch(alone):
         return torch.compile(run, backend=backend, dynamic=dynamic)(model, args, kwargs)
 
 
 def _call(model: Any, args: Any, kwargs: Any) -> Any:
     return model(*args, **kwargs)
+
+
+@contextmanager
+def _unmarked(inputs: Any) -> Iterator[None]:
+    """Compiling with ``dynamic=True`` marks the tensors that it sees, which would make their sizes symbolic here."""
+    mark = "_dynamo_propagated_dynamic_indices"
+    marked = [leaf for leaf in tree_leaves(inputs) if mark in getattr(leaf, "__dict__", {})]
+    saved = [leaf.__dict__.pop(mark) for leaf in marked]
+    try:
+        yield
+    finally:
+        for leaf, value in zip(marked, saved):
+            setattr(leaf, mark, value)
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class Measurement:
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title="what 2:4 does to each FFN", title_justify="left")
         table.add_column("FFN", no_wrap=True)
@@ -80,7 +81,7 @@ class Measurement:
             table.add_column(column, justify="right")
         for layer in self.layers:
             shares = (layer.zeros, layer.dropped, layer.dropped_energy, layer.error)
-            table.add_row(layer.path, f"{layer.tokens:,}", *(f"{share:.3%}" for share in shares))
+            table.add_row(Text(layer.path), f"{layer.tokens:,}", *(f"{share:.3%}" for share in shares))
         loss = f"model output error {self.output_error:.3%}"
         if self.dense_loss is not None and self.sparse_loss is not None:
             change = self.sparse_loss - self.dense_loss

@@ -103,8 +103,9 @@ class Report:
         for v in self.verdicts:
             shapes = f"{_shape(v.x)} → {'?' if v.hidden_dim is None else v.hidden_dim} → {_shape(v.out)}"
             mark = Text("yes", "green") if v.rewritten else Text("no", "yellow")
-            table.add_row(v.path or v.source, v.activation, shapes, f"{v.dtype} {v.device}".strip(), mark, v.reason)
-        return Group(table, *self.notes)
+            cells = (v.path or v.source, v.activation, shapes, f"{v.dtype} {v.device}".strip())
+            table.add_row(*map(Text, cells), mark, Text(v.reason))  # Text: brackets are no markup
+        return Group(table, *map(Text, self.notes))
 
     def __str__(self) -> str:
         return as_text(self)

@@ -96,7 +96,7 @@ class _Emitter:
         if fake_mode is not None and all(v is not None for v in inputs):
             args, kwargs = map_arg((node.args, dict(node.kwargs)), value)
             run = node.target if callable(node.target) else getattr(torch.Tensor, str(node.target))
-            with fake_mode:
+            with fake_mode, torch.no_grad():  # no graph: saved-tensor hooks around the compilation must not see one
                 node.meta[kind] = run(*args, **kwargs)
         return node
 

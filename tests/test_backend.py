@@ -91,6 +91,20 @@ def test_bad_options(options, message):
         torch.compile(MLP(), backend="ao_act24", options=options)(torch.randn(2, 16))
 
 
+@pytest.mark.parametrize("make", [Act24Backend, Act24Pass])
+def test_bad_config(make):
+    with pytest.raises(TypeError, match="config must be an Act24Config, got True"):
+        make(True)
+
+
+def test_checkpoint_around_a_compiled_model():
+    """Compilation happens under checkpoint's saved-tensor hooks then."""
+    mlp, x = MLP(), torch.randn(6, 16)
+    compiled = torch.compile(mlp, backend="ao_act24")
+    with fresh_cache():
+        check(lambda x: torch.utils.checkpoint.checkpoint(compiled, x, use_reentrant=False), mlp, x)
+
+
 def test_inference_mode_and_autocast():
     mlp, x = MLP(), torch.randn(64, 16)
     with torch.inference_mode():

@@ -122,6 +122,19 @@ def test_casts_to_dtypes_without_2_4_are_reasons():
         assert not verdict.rewritten and "is cast to torch." in verdict.reason
 
 
+def test_brackets_are_printed_and_marks_of_earlier_compilations_ignored():
+    weights, x = [torch.randn(32, 16), torch.randn(16, 32)], torch.randn(6, 16)
+
+    def block(x):
+        y = F.relu(x @ weights[0].T).square()
+        return y @ weights[1].T + len("[/b]")
+
+    torch.compile(block, backend="eager", dynamic=True)(x)
+    report = ao_act24.explain(block, x)
+    assert report.verdicts[0].x == (6, 16)
+    assert "weights[1].T" in str(report) and "[/b]" in str(report) and "[6, 16] → 32 → [6, 16]" in str(report)
+
+
 def test_functions_and_already_transformed_models():
     weight_1, weight_2 = torch.randn(32, 16), torch.randn(16, 32)
     report = ao_act24.explain(lambda x: F.relu(x @ weight_1.T).square() @ weight_2.T, torch.randn(2, 16))
