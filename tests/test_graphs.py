@@ -22,6 +22,12 @@ class MLP(nn.Module):
         return self.down(F.relu(self.up(x)).square())
 
 
+class CastsAndViews(MLP):
+    def forward(self, x):
+        y = F.relu(self.up(x).float()).square().to(torch.bfloat16)
+        return self.down(y.view(-1, 32))
+
+
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -302,44 +308,38 @@ forward(
         )
 
     def test_casts_and_views_in_between(self):
-        mlp = MLP().bfloat16()
-
-        def block(x):
-            y = F.relu(mlp.up(x).float()).square().to(torch.bfloat16)
-            return mlp.down(y.view(-1, 32))
-
         with torch.no_grad():
-            graphs = capture_graphs(block, torch.randn(2, 3, 16).bfloat16())
+            graphs = capture_graphs(CastsAndViews().bfloat16(), torch.randn(2, 3, 16).bfloat16())
         self.assertExpectedInline(
             graphs.before[0],
             """\
 before(
-    __closure__.0.cell_contents.up.weight: bf16[32, 16],
+    up.weight: bf16[32, 16],
     arg0: bf16[2, 3, 16],
-    __closure__.0.cell_contents.down.weight: bf16[16, 32],
+    down.weight: bf16[16, 32],
 ):
-    linear = linear(arg0, __closure__.0.cell_contents.up.weight, None)      # bf16[2, 3, 32]
-    float = float(linear)                                                   # f32[2, 3, 32]
-    relu = relu(float)                                                      # f32[2, 3, 32]
-    square = square(relu)                                                   # f32[2, 3, 32]
-    to = to(square, torch.bfloat16)                                         # bf16[2, 3, 32]
-    view = view(to, -1, 32)                                                 # bf16[6, 32]
-    linear_1 = linear(view, __closure__.0.cell_contents.down.weight, None)  # bf16[6, 16]
+    linear = linear(arg0, up.weight, None)      # bf16[2, 3, 32]
+    float = float(linear)                       # f32[2, 3, 32]
+    relu = relu(float)                          # f32[2, 3, 32]
+    square = square(relu)                       # f32[2, 3, 32]
+    to = to(square, torch.bfloat16)             # bf16[2, 3, 32]
+    view = view(to, -1, 32)                     # bf16[6, 32]
+    linear_1 = linear(view, down.weight, None)  # bf16[6, 16]
     return (linear_1,)""",
         )
         self.assertExpectedInline(
             graphs.after[0],
             """\
 after(
-    __closure__.0.cell_contents.up.weight: bf16[32, 16],
+    up.weight: bf16[32, 16],
     arg0: bf16[2, 3, 16],
-    __closure__.0.cell_contents.down.weight: bf16[16, 32],
+    down.weight: bf16[16, 32],
 ):
-    linear = linear(arg0, __closure__.0.cell_contents.up.weight, None)                               # bf16[2, 3, 32]
-    float = float(linear)                                                                            # f32[2, 3, 32]
-    reshape = reshape(linear, -1, 32)                                                                # bf16[6, 32]
-    packed, metadata = ao_act24.relu2_sparsify(reshape)                                              # bf16[6, 16], u8[6, 4]
-    sparse_mm = ao_act24.sparse_mm(packed, metadata, __closure__.0.cell_contents.down.weight, None)  # bf16[6, 16]
+    linear = linear(arg0, up.weight, None)                               # bf16[2, 3, 32]
+    float = float(linear)                                                # f32[2, 3, 32]
+    reshape = reshape(linear, -1, 32)                                    # bf16[6, 32]
+    packed, metadata = ao_act24.relu2_sparsify(reshape)                  # bf16[6, 16], u8[6, 4]
+    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, None)  # bf16[6, 16]
     return (sparse_mm,)""",
         )
 
