@@ -122,7 +122,8 @@ def test_casts_to_dtypes_without_2_4_are_reasons():
         assert not verdict.rewritten and "is cast to torch." in verdict.reason
 
 
-def test_brackets_are_printed_and_marks_of_earlier_compilations_ignored():
+def test_brackets_are_printed_and_marks_of_earlier_compilations_ignored(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     weights, x = [torch.randn(32, 16), torch.randn(16, 32)], torch.randn(6, 16)
 
     def block(x):
