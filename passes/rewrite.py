@@ -54,6 +54,10 @@ def rewrite(site: Site) -> None:
     graph.erase_node(down)
     for node in [node for node in reversed(graph.nodes) if node in site.relu2.inside]:
         graph.erase_node(node)
+    widened = site.relu2.h
+    while not widened.users and (step := as_between(widened)):  # a cast that _hoist went around
+        graph.erase_node(widened)
+        widened = step.input
     site.rewritten = True
     site.node = out
 

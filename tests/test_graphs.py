@@ -336,7 +336,6 @@ after(
     down.weight: bf16[16, 32],
 ):
     linear = linear(arg0, up.weight, None)                               # bf16[2, 3, 32]
-    float = float(linear)                                                # f32[2, 3, 32]
     reshape = reshape(linear, -1, 32)                                    # bf16[6, 32]
     packed, metadata = ao_act24.relu2_sparsify(reshape)                  # bf16[6, 16], u8[6, 4]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, None)  # bf16[6, 16]
