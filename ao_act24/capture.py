@@ -1,4 +1,4 @@
-"""Run a model once through Dynamo with a backend of our own, and leave no trace of it."""
+"""Run a model once through Dynamo with a backend of our own, and put the model back as it was."""
 
 import types
 from collections.abc import Callable, Iterator
@@ -19,7 +19,8 @@ def run_captured(
     """``model(*args, **kwargs)`` with each graph that Dynamo makes of it given to ``backend``.
 
     Grad mode and training mode are the caller's. Random state, buffers and what modules' attributes refer to are put
-    back afterwards.
+    back afterwards. Not so Dynamo's cache: at a graph break, inner frames run under their own code objects and keep an
+    entry for each call.
     """
     model = getattr(model, "_orig_mod", model)
     # Dynamo's cache hangs on code objects: a copy has an empty one, so every graph is captured anew.

@@ -146,11 +146,7 @@ def _trace(module: nn.Module, training: bool) -> GraphModule | None:
             if node.target in (torch._assert, operator.eq) or getattr(node.target, "__name__", "") == "_assert_is_none":
                 if not node.users:
                     graph.erase_node(node)
-            elif (
-                node.op == "placeholder"
-                and node.target.partition("_")[0]
-                and str(node.target) not in _required(parameters)
-            ):
+            elif node.op == "placeholder" and str(node.target) not in _required(parameters):
                 if node.users:
                     return None
                 graph.erase_node(node)
