@@ -6,18 +6,16 @@ rewrite of the joint or the post-grad graph meets a different pattern in each of
 decide what is saved for backward.
 """
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
+from ao_act24 import notice
 from ao_act24.config import Act24Config, checked
 from ao_act24.fingerprint import source_digest
-from ao_act24.passes import Act24Warning, Verdict, examine, rewrite_graph
-from ao_act24.passes.vocabulary import as_linear
+from ao_act24.passes import examine, rewrite_graph
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,11 @@ class Act24Pass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         rewrite_graph(graph, self.config)
+        gm = graph.owning_module
+        if gm is not None and hasattr(
+            gm, "compile_subgraph_reason"
+        ):  # Dynamo's own graph, which comes after the bodies that it calls
+            notice.watch(gm, examine(gm, self.config))
 
     def uuid(self) -> str:
         """Identifies the settings and every source file, gradients and fakes included, in torch's compile caches."""
@@ -90,7 +93,7 @@ class Act24Backend:
             if options and "use_pre_grad_passes" in options:
                 raise ValueError("options['use_pre_grad_passes'] must be True, or unset: the rewrite is such a pass")
             patches["use_pre_grad_passes"] = True  # mode="lite" turns them off
-        _say_if_nothing(gm, examine(gm, config))
+        watched = notice.watch(gm, examine(gm, config))  # not in the pass, which does not run on a warm cache
         earlier = patches.get("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
         ours = Act24Pass(config)
         if earlier:
@@ -98,50 +101,7 @@ class Act24Backend:
             patches["pre_grad_custom_pass"] = _InTurn((*passes, ours))
         else:
             patches["pre_grad_custom_pass"] = ours
-        return compile_fx(gm, example_inputs, config_patches=patches)
-
-
-_said: set[str] = set()
-_rewrote = False
-
-
-def _say_if_nothing(gm: GraphModule, verdicts: list[Verdict]) -> None:
-    """Warn, once for each cause, of a graph that should have been sped up and is not.
-
-    This looks at the graph that Dynamo hands over rather than at what the pass did: on a warm cache the pass does not
-    run.
-    """
-    global _rewrote
-    if any(verdict.rewritten for verdict in verdicts):
-        _rewrote = True
-        return
-    reasons = sorted({verdict.reason for verdict in verdicts})
-    linears = sum(as_linear(node) is not None for node in gm.graph.nodes)
-    cut = splits_for_ddp() and linears > 0
-    if not reasons and not cut and (_rewrote or linears < 2):
-        return  # a part of a model without an FFN, as graph breaks make them
-    message = "ao_act24 rewrote nothing in a compiled graph: "
-    message += (
-        "; ".join(reasons) if reasons else f"none of its {linears} linear layers belong to a Linear→ReLU²→Linear block"
-    )
-    message += ". ao_act24.explain(model, *inputs) lists every site."
-    if cut:
-        message += f" {DDP_NOTE}"
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, Act24Warning, stacklevel=2)
-
-
-DDP_NOTE = (
-    "DistributedDataParallel splits graphs by gradient bucket, often between the two projections: set "
-    "torch._dynamo.config.optimize_ddp = False."
-)
-
-
-def splits_for_ddp() -> bool:
-    """Whether the model being traced is wrapped in DDP and Dynamo will cut its graph."""
-    ddp = torch.nn.parallel.DistributedDataParallel
-    return bool(torch._dynamo.config.optimize_ddp) and ddp._get_active_ddp_module() is not None
+        return watched(compile_fx(gm, example_inputs, config_patches=patches))
 
 
 ao_act24 = Act24Backend()

@@ -18,21 +18,50 @@ def run_captured(
 ) -> Any:
     """``model(*args, **kwargs)`` with each graph that Dynamo makes of it given to ``backend``.
 
-    Grad mode and training mode are the caller's. Random state, buffers and what modules' attributes refer to are put
-    back afterwards. Not so Dynamo's cache: at a graph break, inner frames run under their own code objects and keep an
-    entry for each call.
+    Grad mode and training mode are the caller's. Random state, buffers, what modules' attributes refer to and Dynamo's
+    cache are put back afterwards.
     """
+    if not callable(model):
+        raise TypeError(f"model must be a module or function, got {model!r}")
     model = getattr(model, "_orig_mod", model)
-    # Dynamo's cache hangs on code objects: a copy has an empty one, so every graph is captured anew.
-    run = types.FunctionType(_call.__code__.replace(), _call.__globals__)
-    # Nor may earlier calls count: they would make sizes dynamic, or use up the number of recompilations allowed.
+    # Earlier calls may not count: they would make sizes dynamic, or use up the number of recompilations allowed.
     alone = {"automatic_dynamic_shapes": False, "recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
-    with _unchanged(model), _unmarked((args, kwargs)), torch._dynamo.config.patch(alone):
-        return torch.compile(run, backend=backend, dynamic=dynamic)(model, args, kwargs)
+    with _unchanged(model), _unmarked((args, kwargs)), _own_cache(model), torch._dynamo.config.patch(alone):
+        return torch.compile(_call, backend=backend, dynamic=dynamic)(model, args, kwargs)
 
 
 def _call(model: Any, args: Any, kwargs: Any) -> Any:
     return model(*args, **kwargs)
+
+
+@contextmanager
+def _own_cache(model: Any) -> Iterator[None]:
+    """Dynamo's cache hangs on code objects. Copies of them have an empty one, which goes with them.
+
+    Where the graph breaks, Dynamo compiles inner frames under their own code objects, so every forward gets a copy. A
+    function that only a forward's code can name keeps its own; what Dynamo cached for it is forgotten in the end, and
+    made anew when next needed.
+    """
+    forwards = [module.forward for module in model.modules()] if isinstance(model, nn.Module) else [model]
+    functions = {_call}
+    for forward in forwards:
+        while forward is not None:
+            function = getattr(forward, "__func__", forward)
+            functions |= {function} if isinstance(function, types.FunctionType) else set()
+            forward = getattr(function, "__wrapped__", None)
+    codes = [(function, function.__code__) for function in functions]
+    compiled: list[types.CodeType] = []
+    hook = torch._dynamo.convert_frame.register_bytecode_hook(lambda code, _: compiled.append(code))
+    for function, code in codes:
+        function.__code__ = code.replace()
+    try:
+        yield
+    finally:
+        hook.remove()
+        for function, code in codes:
+            function.__code__ = code
+        for code in compiled:
+            torch._C._dynamo.eval_frame.reset_code(code)
 
 
 @contextmanager
@@ -72,20 +101,26 @@ def _unchanged(model: Any) -> Iterator[None]:
                     tensor.copy_(copy)
 
 
-def module_prefix(gm: GraphModule, model: Any) -> str:
-    """Where in ``model`` the module lies that a Dynamo graph calls ``self``: ``model.layers.3`` or empty.
+def locator(gm: GraphModule, model: Any) -> Callable[[tuple[Any, ...]], tuple[str, str]]:
+    """A function that tells of a call of a Dynamo graph, by its arguments, where in ``model`` that is.
 
-    After a graph break Dynamo traces inner frames on their own, and knows modules by their paths from there. The
-    parameters that a graph takes are the model's own, so their full names tell.
+    After a graph break Dynamo traces inner frames on their own, knows modules by their paths from there, and runs one
+    graph for all modules of a kind. The parameters that it passes in are the model's own, so their full names tell.
+    The function returns the graph's own path for some module, and the model's path for it; call this while compiling.
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module):
-        return ""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for node in gm.graph.find_nodes(op="placeholder"):
-        argument = node.meta.get("grapharg")
-        name = names.get(id(getattr(argument, "example", None)), "")
-        local = input_name(node)
-        if name != local and name.endswith(f".{local}"):
-            return name[: -len(local) - 1]
-    return ""
+    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
+    names = {id(parameter): name for name, parameter in parameters}
+    inputs = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+
+    def locate(args: tuple[Any, ...]) -> tuple[str, str]:
+        for local, argument in zip(inputs, args):
+            if id(argument) in names:
+                here, there = local.split("."), names[id(argument)].split(".")
+                while here and there and here[-1] == there[-1]:
+                    here.pop()
+                    there.pop()
+                return ".".join(here), ".".join(there)
+        return "", ""
+
+    return locate

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ao_act24 import backend
-from ao_act24.capture import module_prefix, run_captured
+from ao_act24 import notice
+from ao_act24.capture import locator, run_captured
 from ao_act24.config import Act24Config, checked
 from ao_act24.passes import Report, Verdict, examine
 
@@ -33,20 +33,31 @@ def explain(model: Callable[..., Any], *inputs: Any, config: Act24Config | None 
     def look(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs, ddp
         graphs += 1
-        ddp |= backend.splits_for_ddp()
-        prefix = module_prefix(gm, model)
-        verdicts.extend(verdict.within(prefix) for verdict in examine(gm, config))
-        return gm.forward
+        ddp |= notice.splits_for_ddp()
+        found = examine(gm, config)
+        locate = locator(gm, model)
+        places = set()
+
+        def run(*args: Any) -> Any:
+            here, there = locate(args)
+            if there not in places:  # one graph may serve many modules, and many calls of one
+                places.add(there)
+                verdicts.extend(verdict.within(there, here) for verdict in found)
+            return gm.forward(*args)
+
+        return run
 
     run_captured(model, inputs, kwargs, look)
     notes = []
+    if graphs and not verdicts:
+        notes.append("No graph holds two linear layers with an activation between them.")
     if graphs == 0:
         notes.append("Dynamo captured no graph: is torch.compile disabled, or the model skipped by it?")
     if graphs > 1:
         notes.append(
             f"The model falls into {graphs} graphs (graph breaks); a block that one of them cuts cannot be rewritten. "
-            'TORCH_LOGS="graph_breaks" says where they are. Layers that share one graph are listed once.'
+            'TORCH_LOGS="graph_breaks" says where they are.'
         )
     if ddp:
-        notes.append(backend.DDP_NOTE)
+        notes.append(notice.DDP_NOTE)
     return Report(tuple(verdicts), tuple(notes))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ao_act24.capture import module_prefix, run_captured
+from ao_act24.capture import locator, run_captured
 from ao_act24.config import Act24Config
 from ao_act24.kernels import reference
-from ao_act24.passes import graph_modules, rewrite_graph
+from ao_act24.passes import Verdict, graph_modules, rewrite_graph
 from ao_act24.passes.find import Site, find_sites
 from ao_act24.passes.report import as_text, describe
 
@@ -131,8 +131,11 @@ def measure(
             output itself if it is a scalar.
 
     Raises:
+        TypeError: if ``model`` or ``loss`` cannot be called, or ``loss`` returns no scalar.
         ValueError: if the model has no Linear→ReLU²→Linear block that can run in 2:4.
     """
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of the model's output, got {type(loss).__name__}")
     layers: dict[tuple[str, str], Layer] = {}
     with _Progress() as progress, torch.no_grad():
         dense = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=False))
@@ -154,25 +157,33 @@ class _Probe:
     layers: dict[tuple[str, str], Layer]
     progress: "_Progress"
     sparse: bool
+    here: str = ""  # a module of the graph that is running, as the graph knows it
+    there: str = ""  # and as the model does
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        prefix = module_prefix(gm, self.model)
+        sites = 0
         for module in graph_modules(gm):
             rewrite_graph(module.graph, Act24Config(emulate=True))
             for site in find_sites(module.graph):
                 if site.rewritten and not self.sparse:
-                    self._replace(site, prefix)
+                    self._replace(site, describe(site, ""))
+                    sites += 1
             module.recompile()
-        return gm.forward
+        locate = locator(gm, self.model)
 
-    def _replace(self, site: Site, prefix: str) -> None:
+        def run(*args: Any) -> Any:
+            self.here, self.there = locate(args)
+            self.progress.expect(sites)
+            return gm.forward(*args)
+
+        return run
+
+    def _replace(self, site: Site, verdict: Verdict) -> None:
         assert site.relu2 is not None
-        verdict = describe(site, "").within(prefix)
-        key = (verdict.path, verdict.source)
-        layer = self.layers.setdefault(key, Layer(verdict.path or verdict.source))
-        self.progress.expect()
 
         def measured(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
+            path = verdict.within(self.there, self.here).path
+            layer = self.layers.setdefault((path, verdict.source), Layer(path or verdict.source))
             sparse = torch.ops.ao_act24.sparse_mm(packed, metadata, weight, bias)
             square = reference.relu2(h)
             dense = torch.nn.functional.linear(square.to(packed.dtype), weight, bias)
@@ -201,8 +212,8 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def expect(self) -> None:
-        self._expected += 1
+    def expect(self, layers: int) -> None:
+        self._expected += layers
         self._bar.update(self._task, total=self._expected)
 
     def advance(self) -> None:
@@ -211,7 +222,11 @@ class _Progress:
 
 def _loss(output: Any, loss: Callable[[Any], Tensor] | None) -> float | None:
     if loss is not None:
-        return float(loss(output))
+        value = loss(output)
+        if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"loss must return a scalar, got {got}")
+        return float(value)
     value = getattr(output, "loss", output)
     return float(value) if isinstance(value, Tensor) and value.numel() == 1 else None
 

@@ -158,7 +158,8 @@ class Sparse24Tensor(TorchAOBaseTensor):
         if func in _COPIES:  # above autograd, so that gradients reach packed
             self, *rest = args
             packed = func(self.packed, *rest, **(kwargs or {}))
-            metadata = self.metadata.clone() if "clone" in func.__name__ else self.metadata.to(packed.device)
+            copied = "clone" in func.__name__ or (kwargs or {}).get("copy", False)
+            metadata = self.metadata.to(packed.device, copy=copied)
             return Sparse24Tensor(packed, metadata, self.transposed)
         if func is torch.Tensor.share_memory_:  # torch would crash: the wrapper has no storage
             _unsupported("share_memory_")
@@ -207,12 +208,21 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
     _unsupported("a product of these operands (the other one must be a dense matrix)")
 
 
+def _mm(input: Tensor, mat2: Tensor) -> Tensor:
+    if input.dim() != 2 or mat2.dim() != 2:
+        _unsupported(f"mm of {input.dim()} and {mat2.dim()} dimensions: it takes two matrices")
+    return _matmul(input, mat2)
+
+
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if isinstance(input, Sparse24Tensor):
         _unsupported("addmm with a sparse summand")
+    if input.dtype != mat1.dtype:
+        raise ValueError(f"input must have the dtype of mat1, {mat1.dtype}, got {input.dtype}")
     if _is_left(mat1) and input.dim() == 1 and beta == alpha == 1:
         return ops.sparse_mm(mat1.packed, mat1.metadata, mat2.t(), input)  # type: ignore[attr-defined]
-    return beta * input + alpha * _matmul(mat1, mat2)
+    product = alpha * _mm(mat1, mat2)
+    return beta * input + product if beta else product  # NaN in a summand that does not count is ignored, as in torch
 
 
 _PRODUCTS: dict[Any, Any] = {
@@ -221,8 +231,8 @@ _PRODUCTS: dict[Any, Any] = {
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
     torch.Tensor.__rmatmul__: lambda other, input: _matmul(input, other),
-    torch.mm: lambda input, mat2: _matmul(input, mat2),
-    torch.Tensor.mm: lambda input, mat2: _matmul(input, mat2),
+    torch.mm: _mm,
+    torch.Tensor.mm: _mm,
     torch.addmm: _addmm,
     torch.Tensor.addmm: _addmm,
 }
@@ -246,6 +256,14 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     x, first, second = args
     if x.dim() != 2 or {first % 2, second % 2} != {0, 1}:
         _unsupported("transpose of other than a matrix's two dimensions")
+    return Sparse24Tensor(x.packed, x.metadata, not x.transposed)
+
+
+@implements(aten.permute.default)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    x, dims = args
+    if x.dim() != 2 or [d % 2 for d in dims] != [1, 0]:
+        _unsupported("permute other than a matrix's transpose")
     return Sparse24Tensor(x.packed, x.metadata, not x.transposed)
 
 

@@ -8,8 +8,8 @@ shows what runs. Removing the attribute restores the model.
 Symbolic tracing sees a module's code once. What it could get wrong is checked at each call, and where a check fails
 the module's original forward runs instead, with a warning where something changed: arguments other than tensors for
 exactly the required parameters, a submodule replaced or hooked since, dropout active although tracing saw it off,
-another device. Forwards that set or ask for grad mode or autocast are left alone. What a forward reads from attributes,
-globals and closures is read once, when ``sparsify_`` is called.
+a device without kernels. Forwards that set or ask for grad mode or autocast are left alone. What a forward reads from
+attributes, globals and closures is read once, when ``sparsify_`` is called.
 """
 
 import copy
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config, checked
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
+from ao_act24.passes.judge import why_dense
 from ao_act24.passes.vocabulary import is_our_op
 
 _Forward = Callable[..., Any]
@@ -99,18 +100,19 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
     for name, child in module.named_children():
         _visit(child, f"{path}.{name}".lstrip("."), config, verdicts)
     own = sum(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
-    own += sum(count for child in module.children() if (count := _matrices(child)) < 2)
+    own += sum(min(_matrices(child), 1) for child in module.children())  # several: say a LoRA adapter around one
     if own < 2 or _is_patched(module):
         return
     train, evaluate = (_trace(module, training) for training in (True, False))
     if train is None or evaluate is None:
         return
+    traced = [_calls(graph_module) for graph_module in (train, evaluate)]
     found = [rewrite_graph(graph_module.graph, config) for graph_module in (train, evaluate)]
     here = found[0 if module.training else 1]
     verdicts.extend(verdict.within(path) for verdict in here)
     forwards = [
-        _generate(module, path, graph_module) if any(verdict.rewritten for verdict in sites) else None
-        for graph_module, sites in zip((train, evaluate), found)
+        _generate(module, path, graph_module, calls, config) if any(verdict.rewritten for verdict in sites) else None
+        for graph_module, sites, calls in zip((train, evaluate), found, traced)
     ]
     if any(forwards):
         forward = _dispatcher(module, *forwards)
@@ -223,10 +225,17 @@ class _Generated:
     inlined: list[tuple[str, type[nn.Module]]]  # submodules whose code was traced, and so is not called any more
     biased: set[str]  # the linear layers among them that have a bias
     weights: list[str]  # what sparse_mm multiplies by
-    device_type: str
+    config: Act24Config
 
 
-def _generate(module: nn.Module, path: str, graph_module: GraphModule) -> _Generated:
+def _calls(graph_module: GraphModule) -> set[str]:
+    return {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+
+
+def _generate(
+    module: nn.Module, path: str, graph_module: GraphModule, traced: set[str], config: Act24Config
+) -> _Generated:
+    """The forward that ``graph_module`` describes. ``traced`` are the calls that it made before it was rewritten."""
     graph = graph_module.graph
     graph.lint()
     code = graph.python_code(root_module="self")
@@ -234,18 +243,18 @@ def _generate(module: nn.Module, path: str, graph_module: GraphModule) -> _Gener
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
     namespace: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    called = _calls(graph_module)
     inside_called = tuple(f"{name}." for name in called)
     inlined = [
         (name, type(child))
         for name, child in module.named_modules()
         if name and name not in called and not name.startswith(inside_called)
+        if name in traced or not isinstance(child, nn.Dropout)  # else never called
     ]
     multiplied = [node.args[2] for node in graph.nodes if is_our_op(node, "sparse_mm")]
     weights = [str(node.target) for node in multiplied if isinstance(node, Node) and node.op == "get_attr"]
-    device = next(parameter.device for parameter in module.parameters() if parameter.ndim == 2)
     biased = {name for name, _ in inlined if getattr(module.get_submodule(name), "bias", None) is not None}
-    return _Generated(namespace["forward"], inlined, biased, weights, device.type)
+    return _Generated(namespace["forward"], inlined, biased, weights, config)
 
 
 def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generated | None) -> _Forward:
@@ -308,6 +317,4 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
             return f"{path} became a {type(weight).__name__}"
         if weight.shape[-1] % 4:
             return f"{path} now has shape {tuple(weight.shape)}"
-    if inputs and inputs[0].device.type != generated.device_type:
-        return f"the input is on {inputs[0].device}, and sparsify_ decided for {generated.device_type}"
-    return ""
+    return why_dense(inputs[0].device, generated.config) if inputs else ""

@@ -26,6 +26,7 @@ from .vocabulary import (
     mutates,
     op_name,
     same_form,
+    submodule,
     value,
 )
 
@@ -77,6 +78,14 @@ def find_sites(graph: Graph) -> list[Site]:
             up = _climb_to_linear(relu2.h)
             if isinstance(up, Linear):
                 sites.append(Site("relu²", node, up=up, relu2=relu2, reason=_where_it_goes(node)))
+            elif (source := _strip(relu2.h)[1]).op == "call_module":
+                sites.append(Site("relu²", node, relu2=relu2, reason=up))
+            elif source.op == "placeholder" and any(user.op == "output" for user in node.users):
+                reason = (
+                    "ReLU² is alone in its graph: graph breaks, or an autograd.Function around it, keep it from its "
+                    "linear layers"
+                )
+                sites.append(Site("relu²", node, relu2=relu2, reason=reason))
     order = {node: position for position, node in enumerate(graph.nodes)}
     return sorted(sites, key=lambda site: order[site.node])
 
@@ -325,8 +334,18 @@ def _climb_to_linear(node: object) -> Linear | str:
             node = node.args[0].args[0]  # type: ignore[union-attr]
         else:
             break
+    if isinstance(node, Node) and node.op == "call_module":
+        return f"the pre-activation comes from {_no_plain_linear(node)}"
     what = op_name(node) or (node.op if isinstance(node, Node) else "a constant")
     return f"the pre-activation does not come from a linear layer but from {what}"
+
+
+def _no_plain_linear(module: Node) -> str:
+    """Modules that symbolic tracing calls instead of looking inside: custom layers, adapters, what has hooks."""
+    return (
+        f"{module.target}, a {type(submodule(module)).__name__} and no plain linear layer: if it holds a LoRA adapter, "
+        "merge that into the base weight first"
+    )
 
 
 def _second_consumer(relu2: Relu2, down: Linear) -> str:
@@ -427,9 +446,13 @@ def _entangled(relu2: Relu2) -> str:
 
 def _where_it_goes(node: Node) -> str:
     """Why a ReLU² has no down projection that we recognise."""
+    while len(node.users) == 1 and as_between(user := next(iter(node.users))):
+        node = user
     users = list(node.users)
     if any(user.op == "output" for user in users):
         return "the activation is an output of this graph: a graph break or a checkpoint boundary follows it"
+    if len(users) == 1 and users[0].op == "call_module":
+        return f"the activation goes into {_no_plain_linear(users[0])}"
     seen, queue = set(users), list(users)
     while queue and len(seen) < 20:
         user = queue.pop(0)

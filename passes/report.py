@@ -55,9 +55,10 @@ class Verdict:
     device: str
     source: str
 
-    def within(self, prefix: str) -> "Verdict":
-        """The same verdict with ``path`` seen from a module further out."""
-        return replace(self, path=f"{prefix}.{self.path}".strip("."))
+    def within(self, prefix: str, instead_of: str = "") -> "Verdict":
+        """The same verdict with ``path`` seen from a module further out, which knows ``instead_of`` as ``prefix``."""
+        inside = self.path.removeprefix(instead_of) if f"{self.path}.".startswith(f"{instead_of}.") else self.path
+        return replace(self, path=f"{prefix}.{inside.strip('.')}".strip("."))
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Report:
             mark = Text("yes", "green") if v.rewritten else Text("no", "yellow")
             cells = (v.path or v.source, v.activation, shapes, f"{v.dtype} {v.device}".strip())
             table.add_row(*map(Text, cells), mark, Text(v.reason))  # Text: brackets are no markup
-        return Group(table, *map(Text, self.notes))
+        return Group(table if self.verdicts else self.summary(), *map(Text, self.notes))
 
     def __str__(self) -> str:
         return as_text(self)

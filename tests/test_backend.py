@@ -18,7 +18,7 @@ from torch._inductor.utils import fresh_cache
 from torch.fx import Graph
 
 import ao_act24
-from ao_act24 import Act24Backend, Act24Config, Act24Pass, backend
+from ao_act24 import Act24Backend, Act24Config, Act24Pass
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,13 +174,7 @@ class Square(nn.Module):
         return x * x
 
 
-@pytest.fixture
-def unsaid(monkeypatch):
-    monkeypatch.setattr(backend, "_said", set())
-    monkeypatch.setattr(backend, "_rewrote", False)
-
-
-def test_zero_rewrites_are_said_once(unsaid):
+def test_zero_rewrites_are_said_once():
     gelu, x = MLP(F.gelu), torch.randn(4, 16)
     with pytest.warns(ao_act24.Act24Warning, match=r"rewrote nothing .* gelu, not relu².*explain"):
         torch.compile(gelu, backend="ao_act24")(x)
@@ -192,13 +186,67 @@ def test_zero_rewrites_are_said_once(unsaid):
         torch.compile(MLP(), backend="ao_act24")(x)
 
 
-def test_zero_rewrites_without_any_ffn(unsaid):
-    two = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    with pytest.warns(ao_act24.Act24Warning, match="none of its 2 linear layers"):
-        torch.compile(two, backend="ao_act24")(torch.randn(4, 16))
+def test_zero_rewrites_without_any_ffn():
+    """For each model anew, and also after another one was rewritten."""
+    torch.compile(MLP(), backend="ao_act24")(torch.randn(4, 16))
+    for layers in (2, 3):
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
+        with pytest.warns(ao_act24.Act24Warning, match=f"none of its {layers} linear layers"):
+            torch.compile(model, backend="ao_act24")(torch.randn(4, 16))
 
 
-def test_ddp_that_splits_graphs_is_named(unsaid, tmp_path):
+def test_zero_rewrites_with_the_pass_alone():
+    with torch._inductor.config.patch(pre_grad_custom_pass=Act24Pass(), force_disable_caches=True):
+        with pytest.warns(ao_act24.Act24Warning, match="gelu, not relu²"):
+            torch.compile(MLP(F.gelu))(torch.randn(4, 16))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ao_act24.Act24Warning)
+            torch.compile(MLP())(torch.randn(4, 16))
+
+
+class Attention(nn.Module):
+    """Two linear layers and no activation; a graph of its own, since the model around it breaks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.outer(self.inner(x).softmax(-1))
+        torch._dynamo.graph_break()
+        return x
+
+
+def test_zero_rewrites_in_a_model_with_graph_breaks():
+    """A part without an FFN proves nothing: the warning waits until the model has been run through."""
+    x = torch.randn(4, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ao_act24.Act24Warning)
+        good = torch.compile(nn.Sequential(Attention(), MLP()), backend="ao_act24")
+        for _ in range(3):
+            good(x)
+        torch._dynamo.reset()  # or else the graph of good's attention serves here too
+        bad = torch.compile(nn.Sequential(Attention(), nn.Linear(16, 16)), backend="ao_act24")
+        bad(x)
+    with pytest.warns(ao_act24.Act24Warning, match="none of its . linear layers"):
+        bad(x)
+
+
+def test_zero_rewrites_where_breaks_cut_the_activation_off():
+    def breaking(h):
+        torch._dynamo.graph_break()
+        y = h.relu().square()
+        torch._dynamo.graph_break()
+        return y
+
+    x = torch.randn(4, 16)
+    with pytest.warns(ao_act24.Act24Warning, match="ReLU² is alone in its graph"):
+        torch.compile(MLP(breaking), backend="ao_act24")(x)
+    (verdict,) = ao_act24.explain(MLP(breaking), x)
+    assert not verdict.rewritten and "graph breaks" in verdict.reason
+
+
+def test_ddp_that_splits_graphs_is_named(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         # each matrix is 2 MB and fills a bucket: the graph is cut between the projections

@@ -47,8 +47,13 @@ def test_a_transformed_model_that_moves_runs_dense():
     mlp, x = MLP(), torch.randn(32, 64)
     ao_act24.sparsify_(mlp)
     mlp.cuda()
-    with pytest.warns(Act24Warning, match="input is on cuda:0, and sparsify_ decided for cpu"):
+    with pytest.warns(Act24Warning, match="no 2:4 kernel for cuda"):
         assert torch.equal(mlp(x.cuda()), MLP.forward(mlp, x.cuda()))
+    ao_act24.unsparsify_(mlp)
+    mlp.cpu()
+    ao_act24.sparsify_(mlp, Act24Config(emulate=True))
+    mlp.cuda()
+    assert relative_error(mlp(x.cuda()), oracle(mlp, x.cuda())) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

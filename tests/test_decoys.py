@@ -288,7 +288,7 @@ DECOYS = {
     "h2 * relu(h)": (lambda m, x: m.down(m.up2(x) * F.relu(m.up(x))), "gated relu"),
     "filled zeros": (filled_zeros, ""),
     "filled zeros by index": (filled_zeros_by_index, None),
-    "custom autograd.Function": (lambda m, x: m.down(Relu2Function.apply(m.up(x))), None),
+    "custom autograd.Function": (lambda m, x: m.down(Relu2Function.apply(m.up(x))), "autograd.Function"),
     # gated
     "relu²(gate) * up": (lambda m, x: m.down(relu2(m.up(x)) * m.up2(x)), "gated ReLU²"),
     "up * relu²(gate)": (lambda m, x: m.down(m.up2(x) * relu2(m.up(x))), "gated ReLU²"),

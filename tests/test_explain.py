@@ -112,6 +112,54 @@ def test_graph_breaks_do_not_stop_a_second_measurement():
     assert [layer.error for layer in first.layers] == [layer.error for layer in second.layers]
 
 
+class BreakingBlock(nn.Module):
+    def __init__(me):  # any name will do for self
+        super().__init__()
+        me.mlp = MLP()
+
+    def forward(me, x):
+        x = helper(x)
+        torch._dynamo.graph_break()
+        return x + me.mlp(x)
+
+
+def helper(x):
+    torch._dynamo.graph_break()
+    return x * 2
+
+
+def test_modules_that_share_a_graph_are_listed_and_measured_one_by_one():
+    model, x = nn.ModuleDict({"layers": nn.Sequential(*(BreakingBlock() for _ in range(10)))}), torch.randn(6, 16)
+    model.forward = model["layers"].forward
+    paths = [f"layers.{number}.mlp" for number in range(10)]
+    assert [verdict.path for verdict in ao_act24.explain(model, x)] == paths
+    layers = ao_act24.measure(model, x).layers
+    assert [layer.path for layer in layers] == paths
+    assert {layer.tokens for layer in layers} == {6} and len({layer.error for layer in layers}) == 10
+
+
+def test_graph_breaks_leave_nothing_in_dynamos_cache():
+    """Nine entries would fill it: the user's own compilation would run dense."""
+    model, x = nn.Sequential(BreakingBlock(), BreakingBlock()), torch.randn(6, 16)
+    for _ in range(9):
+        ao_act24.explain(model, x)
+        ao_act24.measure(model, x)
+    graphs = []
+
+    def keep(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    compiled = torch.compile(model, backend=keep)
+    want = compiled(x)
+    entered, blocks = len(graphs), [gm for gm in graphs if len(gm.graph.nodes) > 8]
+    assert blocks, "what holds the FFN is compiled"
+    ao_act24.explain(compiled, x)
+    torch.testing.assert_close(compiled(x), want)
+    new = graphs[entered:]
+    assert all(len(gm.graph.nodes) < 8 for gm in new), "only the helper's own frame is compiled anew"
+
+
 def test_casts_to_dtypes_without_2_4_are_reasons():
     mlp = MLP()
     for block in (
@@ -214,6 +262,21 @@ def test_measure_extremes():
     autocast = MLP()
     with torch.autocast("cpu", torch.bfloat16):
         assert ao_act24.measure(autocast, torch.randn(4, 16)).layers[0].error > 0
+
+
+def test_nothing_to_list():
+    report = ao_act24.explain(nn.Linear(4, 4), torch.randn(2, 4))
+    assert len(report) == 0 and "No graph holds two linear layers" in str(report) and "site ┃" not in str(report)
+
+
+def test_bad_arguments_are_named():
+    for look in (ao_act24.explain, ao_act24.measure, ao_act24.capture_graphs):
+        with pytest.raises(TypeError, match="model must be a module or function, got 3"):
+            look(3, torch.randn(2, 16))
+    with pytest.raises(TypeError, match="loss must be a function of the model's output, got float"):
+        ao_act24.measure(MLP(), torch.randn(2, 16), loss=0.5)
+    with pytest.raises(TypeError, match=r"loss must return a scalar, got shape \(2, 16\)"):
+        ao_act24.measure(MLP(), torch.randn(2, 16), loss=lambda out: out)
 
 
 def test_a_config_must_make_sense():

@@ -49,6 +49,7 @@ PRODUCTS = {
     "matmul": lambda s: torch.matmul(s, W.t()),
     "@": lambda s: s @ W.t(),
     "addmm": lambda s: torch.addmm(B, s, W.t()),
+    "addmm without the summand": lambda s: torch.addmm(torch.full((64, 32), torch.nan), s, W.t(), beta=0),
     "addmm scaled": lambda s: torch.addmm(torch.ones(64, 32), s, W.t(), beta=2, alpha=0.5),
     "method addmm": lambda s: torch.ones(64, 32).addmm(s, W.t()),
     "transposed twice": lambda s: s.t().t() @ W.t(),
@@ -92,10 +93,12 @@ def test_tensor_protocol(h):
     assert (s.shape, s.dtype, s.device.type, s.requires_grad) == ((64, 128), torch.float32, "cpu", False)
     assert repr(s) == "Sparse24Tensor(shape=(64, 128), dtype=torch.float32, device=cpu)"
     assert "transposed" in repr(s.t()) and s.t().shape == (128, 64)
-    assert torch.equal(s.t().to_dense(), s.to_dense().t())
+    for transposed in (s.t(), s.T, s.mT, s.permute(1, 0), s.transpose(-1, 0)):
+        assert torch.equal(transposed.to_dense(), s.to_dense().t())
     for same in (s.detach(), s.clone(), s.to("cpu"), s.contiguous()):
         assert type(same) is Sparse24Tensor and torch.equal(same.to_dense(), s.to_dense())
-    assert s.clone().packed.data_ptr() != s.packed.data_ptr()
+    for copy in (s.clone(), s.to(s.dtype, copy=True)):
+        assert copy.packed.data_ptr() != s.packed.data_ptr() and copy.metadata.data_ptr() != s.metadata.data_ptr()
     assert torch.equal(s.to(torch.bfloat16).to_dense(), s.to_dense().bfloat16())
     assert s.bfloat16().dtype == s.to(dtype=torch.bfloat16).packed.dtype == torch.bfloat16
     assert s.to("meta").packed.is_meta
@@ -133,6 +136,20 @@ def test_save_and_load(h, transposed):
 def test_unsupported_operations_say_so(h, call, name):
     with pytest.raises(NotImplementedError, match=f"does not support .*{name}.*to_dense"):
         call(Sparse24Tensor.from_hidden(h))
+
+
+def test_products_refuse_what_torch_refuses(h):
+    with pytest.raises(NotImplementedError, match="mm of 3 and 2 dimensions: it takes two matrices"):
+        torch.mm(Sparse24Tensor.from_hidden(h[None]), W.t())
+    with pytest.raises(ValueError, match=r"input must have the dtype of mat1, torch\.float32, got torch\.float64"):
+        torch.addmm(B.double(), Sparse24Tensor.from_hidden(h), W.t())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+@pytest.mark.parametrize("move", [lambda s: s.cuda(), lambda s: s.to("cuda")])
+def test_cuda_is_refused_without_a_gpu(h, move):
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+        move(Sparse24Tensor.from_hidden(h))
 
 
 def test_bad_parts_are_refused(h):
