@@ -148,7 +148,7 @@ def test_products_refuse_what_torch_refuses(h):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 @pytest.mark.parametrize("move", [lambda s: s.cuda(), lambda s: s.to("cuda")])
 def test_cuda_is_refused_without_a_gpu(h, move):
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         move(Sparse24Tensor.from_hidden(h))
 
 
