@@ -2,4 +2,5 @@
 
 ``layout``     how 2:4 metadata is stored, once
 ``reference``  the semantics of every op in plain torch: the oracle that each fast kernel is held to, bit by bit
+``compile``    the CUDA kernels of ``csrc``: compiled when first launched, kept on disk
 """

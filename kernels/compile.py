@@ -1,0 +1,198 @@
+"""The CUDA kernels in ``csrc``: compiled when first launched, with NVRTC, and kept on disk.
+
+    cubin(name, defines)                                       csrc/<name>.cu as machine code; needs no GPU
+    kernel(name, entry, defines, device_index, shared_bytes)   the same, loaded, for cuda.core.launch
+
+A file of the cache is ``<name>-<key>.cubin``: the cubin, which cuobjdump and nvdisasm read, and its SHA-256. The key
+hashes the source, every header beside it, the options, the macros, the architecture and NVRTC's version. Files are
+written aside and renamed, so processes that start at once need no lock: they compile the same thing, and each reads
+whole files only. Where the cache cannot be read, written or trusted, kernels are compiled, with one warning.
+
+The key is cuda.core's ``make_program_cache_key``. The files are not its ``FileStreamProgramCache``: that returns
+truncated files as they are, trusts a directory of any owner, creates it open to reading, and raises on a read-only or
+full disk; checks around it would be longer than a read and a write of our own.
+
+Importing this module loads neither cuda.core nor NVRTC nor the driver: the functions do.
+"""
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cuda.core import Kernel, ObjectCode
+
+CSRC = Path(__file__).parent / "csrc"
+ARCH = "sm_90a"
+SILENT_S = 1.0  # a compilation that takes longer says so
+CHECKSUM_BYTES = hashlib.sha256().digest_size
+
+_lock = threading.Lock()
+_warned = False
+
+
+class MissingCudaError(RuntimeError):
+    """cuda.core, NVRTC or the NVIDIA driver is missing or too old; the message says what to install."""
+
+
+def cubin(name: str, defines: Mapping[str, int | str] = {}, arch: str = ARCH) -> bytes:
+    """``csrc/<name>.cu`` with the macros ``defines``, for ``arch``: from the cache, or compiled and put there.
+
+    A source that does not compile raises cuda.core's ``NVRTCError``, which holds the compiler's log.
+    """
+    with _requires("cuda-core and NVRTC: pip install cuda-core cuda-bindings==13.* nvidia-cuda-nvrtc==13.*"):
+        from cuda.bindings import nvrtc
+        from cuda.core import Program, ProgramOptions
+        from cuda.core.utils import make_program_cache_key
+
+        nvrtc.nvrtcVersion()  # the library is loaded here, or not found
+
+    source = (CSRC / f"{name}.cu").read_text()
+    macros = [(macro, str(value)) for macro, value in sorted(defines.items())]
+    options = ProgramOptions(name=f"{name}.cu", arch=arch, std="c++17", include_path=[str(CSRC)], define_macro=macros)
+    headers = _headers_digest()
+    key = make_program_cache_key(
+        code=source, code_type="c++", options=options, target_type="cubin", extra_digest=headers
+    )
+    directory = _cache_directory()
+    path = directory and directory / f"{name}-{key.hex()}.cubin"
+    cached = path and _read(path)
+    if cached:
+        return cached
+    place = f"cached in {directory}" if directory else "not cached"
+    with _says(f"ao_act24: compiling {name} for {arch}, once ({place})"):
+        code = bytes(Program(source, "c++", options).compile("cubin").code)
+    if path:
+        _write(path, code)
+    return code
+
+
+def kernel(
+    name: str, entry: str, defines: Mapping[str, int | str] = {}, device_index: int = 0, shared_bytes: int = 0
+) -> "Kernel":
+    """The function ``entry`` (``extern "C"``) of ``cubin(name, defines)``, loaded once in this process.
+
+    ``shared_bytes``: the dynamic shared memory that a launch on this device may ask for, where it is above 48 KB.
+    """
+    with _lock:
+        return _kernel(name, entry, tuple(sorted(defines.items())), device_index, shared_bytes)
+
+
+@functools.cache
+def _kernel(
+    name: str, entry: str, defines: tuple[tuple[str, int | str], ...], device_index: int, shared_bytes: int
+) -> "Kernel":
+    with _requires("the NVIDIA driver, 580 or newer"):
+        from cuda.bindings import driver
+        from cuda.core import Device
+
+        _, version = driver.cuDriverGetVersion()
+        if version < 13000:
+            raise RuntimeError(f"the driver supports CUDA up to {version // 1000}.{version % 1000 // 10}")
+    Device(device_index)  # initialises CUDA, where torch has not yet
+    found = _library(name, defines).get_kernel(entry)
+    # A kernel has one limit on a device, whoever asked for it: it is raised, never lowered.
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    status, allowed = driver.cuKernelGetAttribute(limit, found.handle, device_index)
+    if status == driver.CUresult.CUDA_SUCCESS and shared_bytes > allowed:
+        (status,) = driver.cuKernelSetAttribute(limit, shared_bytes, found.handle, device_index)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        what = f"{shared_bytes} bytes of dynamic shared memory for {entry} of {name}.cu on device {device_index}"
+        raise RuntimeError(f"{what}: {status.name}")
+    return found
+
+
+@functools.cache
+def _library(name: str, defines: tuple[tuple[str, int | str], ...]) -> "ObjectCode":
+    """The loaded cubin. It belongs to no device: each one's context takes it at the first launch there."""
+    from cuda.core import ObjectCode
+
+    return ObjectCode.from_cubin(cubin(name, dict(defines)), name=name)
+
+
+@contextmanager
+def _requires(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        raise MissingCudaError(f"ao_act24's CUDA kernels need {what}. ({error})") from error
+
+
+@contextmanager
+def _says(what: str) -> Iterator[None]:
+    """Print ``what`` if the block takes longer than ``SILENT_S``."""
+    timer = threading.Timer(SILENT_S, print, [what], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _headers_digest() -> bytes:
+    digest = hashlib.sha256()
+    for header in sorted(CSRC.glob("*.cuh")):
+        digest.update(hashlib.sha256(header.name.encode()).digest() + hashlib.sha256(header.read_bytes()).digest())
+    return digest.digest()
+
+
+def _cache_directory() -> Path | None:
+    """``$AO_ACT24_CACHE_DIR``, ``$XDG_CACHE_HOME/ao_act24`` or ``~/.cache/ao_act24``; None where not to be trusted.
+
+    Cubins are code: a directory that another user owns, or that others can write to, may hold anything.
+    """
+    root = os.environ.get("AO_ACT24_CACHE_DIR")
+    root = root or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ao_act24")
+    try:
+        directory = Path(root).expanduser().absolute()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        _warn(root, error)
+        return None
+    foreign, shared = status.st_uid != os.geteuid(), status.st_mode & 0o022
+    if foreign or shared:
+        _warn(root, f"it belongs to user {status.st_uid}" if foreign else "other users can write to it (chmod go-w)")
+        return None
+    return directory
+
+
+def _read(path: Path) -> bytes | None:
+    """The cubin at ``path``, or None if there is none or it is damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    code, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+    return code if hashlib.sha256(code).digest() == checksum else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    try:
+        file, aside = tempfile.mkstemp(dir=path.parent, prefix=path.stem)  # readable by the user only
+        try:
+            with os.fdopen(file, "wb") as writing:
+                writing.write(code + hashlib.sha256(code).digest())
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+    except OSError as error:
+        _warn(str(path.parent), error)
+
+
+def _warn(directory: str, reason: object) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        message = f"ao_act24 cannot keep compiled kernels in {directory}: {reason}. Every process compiles them again; "
+        warnings.warn(message + "AO_ACT24_CACHE_DIR names another directory.", RuntimeWarning, stacklevel=3)
