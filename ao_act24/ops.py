@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ao_act24.kernels import layout, reference
+from ao_act24.kernels import cuda, layout, reference
 
 _lib = torch.library.Library("ao_act24", "DEF")
 
@@ -117,9 +117,16 @@ def _fake_pack(dense: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _define(
-    schema: str, check: Callable[..., None], implementation: Callable[..., object], fake: Callable[..., object]
+    schema: str,
+    check: Callable[..., None],
+    implementation: Callable[..., object],
+    fake: Callable[..., object],
+    kernel: Callable[..., object] | None = None,
 ) -> None:
-    """Register one operator; the implementation and the fake both check their arguments first."""
+    """Register one operator; all implementations, and the fake, check their arguments first.
+
+    ``kernel`` runs instead of ``implementation`` where ``cuda.why_not`` has nothing against it.
+    """
 
     def checked(run: Callable[..., object]) -> Callable[..., object]:
         def call(*args):  # type: ignore[no-untyped-def]
@@ -130,6 +137,13 @@ def _define(
 
     name = _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, checked(implementation), "CompositeExplicitAutograd")
+    if kernel is not None:
+
+        def fastest(first: Tensor, *others: object) -> object:
+            run = implementation if cuda.why_not(first.device, first.dtype) else kernel
+            return run(first, *others)
+
+        _lib.impl(name, checked(fastest), "CUDA")
     torch.library.register_fake(f"ao_act24::{name}", checked(fake), lib=_lib)
 
 
@@ -138,6 +152,7 @@ _define(
     lambda h: _check_hidden("h", h),
     reference.relu2_sparsify,
     _fake_pack,
+    cuda.relu2_sparsify,
 )
 _define(
     "sparsify(Tensor dense) -> (Tensor packed, Tensor metadata)",
@@ -162,6 +177,7 @@ _define(
     _check_sparse_mm,
     reference.sparse_mm,
     lambda packed, metadata, weight, bias=None: packed.new_empty((*packed.shape[:-1], weight.shape[0])),
+    cuda.sparse_mm,
 )
 _define(
     "sampled_mm(Tensor grad, Tensor weight, Tensor metadata) -> Tensor",

@@ -76,19 +76,30 @@ def cubin(name: str, defines: Mapping[str, int | str] = {}, arch: str = ARCH) ->
 
 
 def kernel(
-    name: str, entry: str, defines: Mapping[str, int | str] = {}, device_index: int = 0, shared_bytes: int = 0
+    name: str,
+    entry: str,
+    defines: Mapping[str, int | str] = {},
+    device_index: int = 0,
+    shared_bytes: int = 0,
+    starts_with: int | None = None,
 ) -> "Kernel":
     """The function ``entry`` (``extern "C"``) of ``cubin(name, defines)``, loaded once in this process.
 
     ``shared_bytes``: the dynamic shared memory that a launch on this device may ask for, where it is above 48 KB.
+    ``starts_with``: registers that a thread starts with, where its warps give and take some before they need more.
     """
     with _lock:
-        return _kernel(name, entry, tuple(sorted(defines.items())), device_index, shared_bytes)
+        return _kernel(name, entry, tuple(sorted(defines.items())), device_index, shared_bytes, starts_with)
 
 
 @functools.cache
 def _kernel(
-    name: str, entry: str, defines: tuple[tuple[str, int | str], ...], device_index: int, shared_bytes: int
+    name: str,
+    entry: str,
+    defines: tuple[tuple[str, int | str], ...],
+    device_index: int,
+    shared_bytes: int,
+    starts_with: int | None,
 ) -> "Kernel":
     with _requires("the NVIDIA driver, 580 or newer"):
         from cuda.bindings import driver
@@ -98,7 +109,7 @@ def _kernel(
         if version < 13000:
             raise RuntimeError(f"the driver supports CUDA up to {version // 1000}.{version % 1000 // 10}")
     Device(device_index)  # initialises CUDA, where torch has not yet
-    found = _library(name, defines).get_kernel(entry)
+    found = _library(name, defines, starts_with).get_kernel(entry)
     # A kernel has one limit on a device, whoever asked for it: it is raised, never lowered.
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     status, allowed = driver.cuKernelGetAttribute(limit, found.handle, device_index)
@@ -111,11 +122,25 @@ def _kernel(
 
 
 @functools.cache
-def _library(name: str, defines: tuple[tuple[str, int | str], ...]) -> "ObjectCode":
+def _library(name: str, defines: tuple[tuple[str, int | str], ...], starts_with: int | None) -> "ObjectCode":
     """The loaded cubin. It belongs to no device: each one's context takes it at the first launch there."""
     from cuda.core import ObjectCode
 
-    return ObjectCode.from_cubin(cubin(name, dict(defines)), name=name)
+    code = cubin(name, dict(defines))
+    return ObjectCode.from_cubin(code if starts_with is None else starting_with(code, starts_with), name=name)
+
+
+def starting_with(code: bytes, registers: int) -> bytes:
+    """``code``, the cubin of one kernel, with another count of registers to start with.
+
+    ptxas writes the highest count that any part of a kernel needs. Where ``setmaxnreg`` gives and takes registers, a
+    thread may start with fewer, and a block of more threads fits.
+    """
+    attribute = bytes((0x04, 0x2F, 0x08, 0x00))  # EIATTR_REGCOUNT: the kernel's symbol and the count, 4 bytes each
+    if code.count(attribute) != 1:
+        raise RuntimeError(f"the cubin must hold one register count, got {code.count(attribute)}")
+    at = code.index(attribute) + 8
+    return code[:at] + registers.to_bytes(4, "little") + code[at + 4 :]
 
 
 @contextmanager

@@ -1,0 +1,215 @@
+// Every inline PTX instruction of the kernels, each wrapped once. No torch, no standard headers: NVRTC compiles this.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+struct alignas(64) TensorMap {  // CUtensorMap, opaque: what a bulk tensor copy needs to know of a tensor
+  u64 opaque[16];
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// --- mbarrier: a counter of arrivals and of bytes still to come, with a phase bit to wait for
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Makes initialised barriers visible to the other block of the cluster and to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_expect_bytes(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives at the same barrier of any block in the cluster, one's own included. What the barriers order here is done by the
+// copy engine and the tensor cores; a release or acquire of cluster scope would flush caches at every stage (measured: the
+// matmul ran at half speed).
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 block) {
+  asm volatile(
+      "{.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+
+// Waits for the phase to end. Far longer than any wait can take, it gives up: an error is better than a GPU that hangs.
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
+  for (u32 tries = 0, done = 0; !done; ++tries) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;}"
+        : "=r"(done)
+        : "r"(barrier), "r"(phase)
+        : "memory");
+    if (tries > 1u << 24) __trap();
+  }
+}
+
+// Among `threads` threads of the block.
+__device__ __forceinline__ void sync_threads(u32 threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+
+// A flag in global memory that tells other blocks that what was written before is there.
+__device__ __forceinline__ void flag_raise(u32* flag) { asm volatile("st.release.gpu.u32 [%0], 1;" ::"l"(flag) : "memory"); }
+
+__device__ __forceinline__ void flag_wait(const u32* flag) {
+  for (u32 tries = 0, raised = 0; !raised; ++tries) {
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+    if (tries > 1u << 26) __trap();
+  }
+}
+
+// --- clusters
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// --- bulk tensor copies: a box of a two-dimensional tensor into shared memory, zeros where it lies outside
+
+__device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same into every block of the cluster that `blocks` has a bit for, at the same shared address and barrier.
+__device__ __forceinline__ void copy_box_to(u16 blocks, u32 shared, const TensorMap& map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
+// --- registers: what a warpgroup gives up, another may take
+
+template <int COUNT>
+__device__ __forceinline__ void registers_give() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ __forceinline__ void registers_take() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// --- wgmma: matrix multiplication by a warpgroup, asynchronous
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int GROUPS>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+}
+
+// Describes a tile in shared memory, rows of `SWIZZLE` bytes along K, swizzled by that much (64 or 128).
+template <int SWIZZLE>
+__device__ __forceinline__ u64 matrix_descriptor(u32 shared) {
+  const u64 eight_rows = (8 * SWIZZLE) >> 4;
+  return ((u64)(SWIZZLE == 128 ? 1 : 2) << 62) | (eight_rows << 32) | (1ull << 16) | ((shared & 0x3FFFF) >> 4);
+}
+
+#define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define EIGHT_FLOATS(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FLOATS_32(i) EIGHT_FLOATS(i), EIGHT_FLOATS(i + 8), EIGHT_FLOATS(i + 16), EIGHT_FLOATS(i + 24)
+
+// d (64 x N) (+)= A (64 x 32, two of four stored) * B (N x 32)^T. SELECTOR: which two threads of four give metadata.
+// The first product overwrites d: an initial value from elsewhere makes ptxas run all of them one by one (C7510).
+template <int SELECTOR>
+__device__ __forceinline__ void wgmma_sparse(float (&d)[128], u64 a, u64 b, u32 metadata, u32 accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %131, 0;\n"
+      "wgmma.mma_async.sp.sync.aligned.m64n256k32.f32." ELEMENT "." ELEMENT
+      " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, %130, %132, p, 1, 1, 0, 0;}"
+      : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64), FLOATS_32(96)
+      : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
+}
+
+template <int SELECTOR>
+__device__ __forceinline__ void wgmma_sparse(float (&d)[96], u64 a, u64 b, u32 metadata, u32 accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %99, 0;\n"
+      "wgmma.mma_async.sp.sync.aligned.m64n192k32.f32." ELEMENT "." ELEMENT
+      " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8)
+      "%90,%91,%92,%93,%94,%95}, %96, %97, %98, %100, p, 1, 1, 0, 0;}"
+      : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64)
+      : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
+}
+
+template <int SELECTOR>
+__device__ __forceinline__ void wgmma_sparse(float (&d)[64], u64 a, u64 b, u32 metadata, u32 accumulate) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %67, 0;\n"
+      "wgmma.mma_async.sp.sync.aligned.m64n128k32.f32." ELEMENT "." ELEMENT
+      " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
+      "%60,%61,%62,%63}, %64, %65, %66, %68, p, 1, 1, 0, 0;}"
+      : FLOATS_32(0), FLOATS_32(32)
+      : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
+}
+
+// --- two 16-bit floats in a word
+
+__device__ __forceinline__ u32 pack_floats(float low, float high) {
+  u32 word;
+  asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+__device__ __forceinline__ float to_float(u16 value) {
+  float result;
+  if (sizeof(ELEMENT) == sizeof("bf16")) {
+    result = __uint_as_float((u32)value << 16);
+  } else {
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  }
+  return result;
+}
+
+// max(x, 0), a NaN becoming the positive one: afterwards the halves order as unsigned integers.
+__device__ __forceinline__ u32 relu(u32 word) {
+  asm("max.NaN." ELEMENT "x2 %0, %0, %1;" : "+r"(word) : "r"(0u));
+  return word;
+}
+
+// Rounded once from the exact square, which fp32 holds: 8 (bf16) or 11 (f16) significant bits.
+__device__ __forceinline__ u32 square(u32 word) {
+  asm("mul.rn." ELEMENT "x2 %0, %0, %0;" : "+r"(word));
+  return word;
+}
+
+// Read and written once: keep it out of the caches' way.
+__device__ __forceinline__ uint4 load_streaming(const void* pointer) {
+  uint4 value;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer));
+  return value;
+}
+
+// Four bytes chosen from eight; a selector of 8 + i repeats the sign of byte i (__byte_perm cannot).
+template <u32 SELECTOR>
+__device__ __forceinline__ u32 permute_bytes(u32 a, u32 b) {
+  u32 word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "n"(SELECTOR));
+  return word;
+}

@@ -1,0 +1,252 @@
+"""The Hopper kernels of ``csrc`` on torch tensors: fast forms of ``reference``, bit for bit where they pack.
+
+Plain functions of tensors on one CUDA device; ``why_not`` says for which devices and dtypes. They launch on torch's
+current stream, allocate with torch's allocator, never wait for the GPU, and can be captured in a CUDA graph.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compile, layout, reference
+
+ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
+_THREADS = 256  # a block of the packing kernels
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """Why there is no fast kernel for tensors of ``dtype`` on ``device``; empty if there is."""
+    if device.type != "cuda":
+        return f"there is no 2:4 kernel for {device.type}"
+    return _why_not_gpu(device.index or 0) or (
+        "" if dtype in ELEMENTS else f"the 2:4 kernels take bfloat16 and float16, got {dtype}"
+    )
+
+
+@functools.cache
+def _why_not_gpu(index: int) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    if capability != (9, 0):
+        name = torch.cuda.get_device_name(index)
+        return (
+            f"the 2:4 kernels need a Hopper GPU (compute capability 9.0), got {name} ({capability[0]}.{capability[1]})"
+        )
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return "the 2:4 kernels are compiled through cuda-core, which is missing: pip install 'ao_act24[cuda]'"
+    return ""
+
+
+def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``reference.relu2_sparsify``, bit for bit. Reads ``h`` once; rows may be strided."""
+    hidden_dim = h.shape[-1]
+    packed = h.new_empty((*h.shape[:-1], hidden_dim // 2))
+    metadata = h.new_empty((*h.shape[:-1], layout.metadata_bytes(hidden_dim)), dtype=torch.uint8)
+    if h.numel() == 0:
+        return packed, metadata
+    rows = (h if h.stride(-1) == 1 else h.contiguous()).reshape(-1, hidden_dim)
+    count, stride = rows.shape[0], rows.stride(0)
+    vectors = hidden_dim % 16 == 0 and rows.data_ptr() % 16 == 0 and (stride % 8 == 0 or count == 1)
+    if vectors and stride == hidden_dim:  # one long row
+        count, hidden_dim = 1, rows.numel()
+    entry = "relu2_sparsify" if vectors else "relu2_sparsify_any"
+    blocks = -(-hidden_dim // (_THREADS * (16 if vectors else 8)))
+    kernel = _packing_kernel(entry, h.dtype, h.device.index)
+    arguments = (rows.data_ptr(), stride, packed.data_ptr(), metadata.data_ptr(), count, hidden_dim)
+    with torch.cuda.device(h.device):
+        _launch(kernel, (blocks, min(count, 65535)), _THREADS, 0, 1, [ctypes.c_int64(a) for a in arguments])
+    return packed, metadata
+
+
+def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As ``reference.sparse_mm``: fp32 accumulation, rounded once. Deterministic.
+
+    The kernel takes H divisible by 64 and D by 8; other sizes are unpacked and multiplied dense.
+    """
+    model_dim, hidden_dim = weight.shape
+    out = packed.new_empty((*packed.shape[:-1], model_dim))
+    tokens = out.numel() // model_dim if model_dim else 0
+    if tokens == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
+        return torch.nn.functional.linear(reference.unpack(packed, metadata), weight, bias)
+    packed, metadata, weight = map(_aligned, (packed, metadata, weight))
+    bias = None if bias is None else _aligned(bias)
+    with torch.cuda.device(packed.device):
+        plan = _plan(tokens, model_dim, hidden_dim, packed.dtype, packed.device.index)
+        tile = plan.tile
+        partial = packed.new_empty(plan.partial_floats, dtype=torch.float32)
+        flags = packed.new_zeros(plan.blocks if plan.partial_floats else 0, dtype=torch.int32)
+        pointers = [metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()]
+        arguments = [
+            _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, 64 * tile.warpgroups, 32),
+            _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, tile.columns // tile.cluster, 64),
+            *(ctypes.c_int64(pointer) for pointer in (*pointers, partial.data_ptr(), flags.data_ptr())),
+            plan.shape,
+        ]
+        _launch(plan.kernel, (plan.blocks, 1), tile.threads, tile.shared_bytes, tile.cluster, arguments)
+    return out
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How ``sparse_mm.cu`` is compiled: see there."""
+
+    warpgroups: int
+    columns: int
+    cluster: int
+    stages: int
+    band: int
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * 64 * (64 * self.warpgroups + 2 * self.columns) + 1024  # 1024: to align the first stage
+
+    def defines(self, dtype: torch.dtype) -> dict[str, int | str]:
+        return {
+            "ELEMENT": ELEMENTS[dtype],
+            "WARPGROUPS": self.warpgroups,
+            "TILE_N": self.columns,
+            "CLUSTER": self.cluster,
+            "STAGES": self.stages,
+        }
+
+
+TALL, SHORT = Tile(3, 256, 2, 5, band=11), Tile(2, 256, 2, 5, band=16)
+
+
+def choose_tile(tokens: int) -> Tile:
+    """The tall tile multiplies about 6 % faster; the short one wins where the tall one would compute more padding."""
+    padded = {
+        tile: -(-tokens // (64 * tile.warpgroups * tile.cluster)) * 64 * tile.warpgroups for tile in (TALL, SHORT)
+    }
+    return TALL if padded[TALL] <= 1.06 * padded[SHORT] else SHORT
+
+
+class _Shape(ctypes.Structure):
+    """``Shape`` in ``sparse_mm.cu``."""
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in (
+            "tokens", "model_dim", "groups", "row_clusters", "column_tiles", "band", "metadata_stride", "rounds",
+            "streamed", "streamers",
+        )
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Plan:
+    tile: Tile
+    kernel: Any
+    shape: _Shape
+    blocks: int
+    partial_floats: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype, index: int) -> _Plan:
+    tile = choose_tile(tokens)
+    kernel, clusters = _matmul_kernel(tile, dtype, index)
+    row_clusters = -(-tokens // (64 * tile.warpgroups * tile.cluster))
+    column_tiles, groups = -(-model_dim // tile.columns), -(-hidden_dim // 256)
+    rounds, streamed = divmod(row_clusters * column_tiles, clusters)
+    streamers = max(1, min(clusters, 8 * streamed, streamed * groups))  # no tile is cut into many more than 8 pieces
+    shape = _Shape(
+        tokens, model_dim, groups, row_clusters, column_tiles, tile.band, hidden_dim // 8, rounds, streamed, streamers
+    )
+    blocks = tile.cluster * (clusters if rounds else streamers)
+    partial = blocks * 64 * tile.warpgroups * tile.columns if streamed else 0
+    return _Plan(tile, kernel, shape, blocks, partial)
+
+
+@functools.cache
+def _packing_kernel(entry: str, dtype: torch.dtype, index: int) -> Any:
+    kernel = compile.kernel("relu2_sparsify", entry, {"ELEMENT": ELEMENTS[dtype]}, index)
+    return _driver().CUfunction(int(kernel.handle))
+
+
+@functools.cache
+def _matmul_kernel(tile: Tile, dtype: torch.dtype, index: int) -> tuple[Any, int]:
+    """The kernel, and how many of its clusters the device holds at a time."""
+    driver = _driver()
+    starts_with = 128 if tile.warpgroups == 3 else None
+    loaded = compile.kernel("sparse_mm", "sparse_mm", tile.defines(dtype), index, tile.shared_bytes, starts_with)
+    kernel = driver.CUfunction(int(loaded.handle))
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count // tile.cluster * tile.cluster
+    config = _config((blocks, 1), tile.threads, tile.shared_bytes, tile.cluster, 0)
+    _, function = _checked("cuKernelGetFunction", driver.cuKernelGetFunction(loaded.handle))
+    _, clusters = _checked("cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config))
+    return kernel, min(clusters, blocks // tile.cluster)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensor_map(pointer: int, dtype: torch.dtype, rows: int, columns: int, box_rows: int, box_columns: int) -> Any:
+    """What a bulk tensor copy needs of a contiguous matrix: it copies boxes whose rows are swizzled by their length."""
+    driver = _driver()
+    types = driver.CUtensorMapDataType
+    swizzles = driver.CUtensorMapSwizzle
+    result = driver.cuTensorMapEncodeTiled(
+        types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        2,
+        pointer,
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(2 * columns)],
+        [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
+        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box_columns == 64 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    _, encoded = _checked("cuTensorMapEncodeTiled", result)
+    return (ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """``tensor`` row after row from a multiple of 16 bytes on, as the copy engine needs it; copied if it must be."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _checked(call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    if int(result[0]) != 0:
+        raise RuntimeError(f"{call} failed: {result[0].name}")
+    return result
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, cluster: int, arguments: list[Any]
+) -> None:
+    addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    config = _config(grid, threads, shared_bytes, cluster, torch.cuda.current_stream().cuda_stream)
+    _checked("cuLaunchKernelEx", _driver().cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
+
+
+@functools.lru_cache(maxsize=1024)
+def _config(grid: tuple[int, int], threads: int, shared_bytes: int, cluster: int, stream: int) -> Any:
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX = threads
+    config.blockDimY = config.blockDimZ = 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    value = driver.CUlaunchAttributeValue()
+    value.clusterDim.x = cluster
+    value.clusterDim.y = value.clusterDim.z = 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id, attribute.value = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
