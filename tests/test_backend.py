@@ -107,18 +107,6 @@ def test_checkpoint_around_a_compiled_model():
         check(lambda x: torch.utils.checkpoint.checkpoint(compiled, x, use_reentrant=False), mlp, x)
 
 
-def test_inference_mode_and_autocast():
-    mlp, x = MLP(), torch.randn(64, 16)
-    with torch.inference_mode():
-        assert relative_error(torch.compile(mlp, backend="ao_act24")(x), oracle(mlp, x)) < 1e-5
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        got = torch.compile(mlp, backend="ao_act24")(x)
-        assert got.dtype == torch.bfloat16
-        exact = oracle(mlp.double(), x.double())
-        reference = relative_error(oracle(mlp.float(), x), exact)
-        assert relative_error(got, exact) <= 1.5 * reference
-
-
 def count_ops(graph: Graph) -> int:
     return sum("ao_act24" in str(node.target) for node in graph.nodes)
 
@@ -153,6 +141,38 @@ def test_pass_object_with_plain_inductor():
     torch._dynamo.reset()
     with torch._inductor.config.patch(pre_grad_custom_pass=Act24Pass()):
         check(torch.compile(mlp), mlp, torch.randn(7, 16))
+
+
+def checkpointed(mlp):
+    return lambda x: torch.utils.checkpoint.checkpoint(mlp, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "around, options",
+    [
+        (lambda mlp: mlp, {"fullgraph": True, "dynamic": True}),
+        (lambda mlp: mlp, {"mode": "reduce-overhead"}),
+        (checkpointed, {"fullgraph": True}),
+    ],
+    ids=["fullgraph, dynamic", "mode", "checkpoint"],
+)
+def test_pass_object_composes(around, options):
+    mlp = MLP()
+    with torch._inductor.config.patch(pre_grad_custom_pass=Act24Pass()):
+        check(torch.compile(around(mlp), **options), mlp, torch.randn(6, 16))
+
+
+@pytest.mark.parametrize("compiling", [{"backend": "ao_act24"}, {"options": {"pre_grad_custom_pass": Act24Pass()}}])
+def test_inference_mode_and_autocast(compiling):
+    mlp, x = MLP(), torch.randn(64, 16)
+    with torch.inference_mode():
+        assert relative_error(torch.compile(mlp, **compiling)(x), oracle(mlp, x)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got = torch.compile(mlp, **compiling)(x)
+        assert got.dtype == torch.bfloat16
+        exact = oracle(mlp.double(), x.double())
+        reference = relative_error(oracle(mlp.float(), x), exact)
+        assert relative_error(got, exact) <= 1.5 * reference
 
 
 def test_pass_identity():
