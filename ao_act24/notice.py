@@ -1,19 +1,17 @@
-"""Tell the user, once for each compiled model and cause, that nothing in it was sped up.
+"""Tell the user, once for each compiled model, that nothing in it was sped up.
 
 Dynamo hands over one graph at a time and does not say whose it is, nor which is the last. The stack does: the call of
-the compiled model is on it. A graph that is all of the model is judged at once. Of a part, as graph breaks make them,
-only what is wrong with its own FFN-like sites is said at once; that it has none is said when it runs a second time, if
-by then nothing in the model was rewritten.
+the compiled model is on it. A graph that is all of the model is judged at once. A part, as graph breaks make them,
+waits for a later call of the model, when every other part that the first call needed has been compiled, too.
 """
 
 import functools
-import itertools
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch.fx import GraphModule
@@ -27,71 +25,70 @@ class _Model:
     """What is known of one compiled model or function."""
 
     rewritten: bool = False
-    said: set[str] = field(default_factory=set)
+    reasons: set[str] = field(default_factory=set)
+    judged: bool = False
 
-    def say(self, cause: str, note: str) -> None:
-        if cause not in self.said:
-            self.said.add(cause)
-            message = f"ao_act24 rewrote nothing in a compiled graph: {cause}. "
-            message += f"ao_act24.explain(model, *inputs) lists every site. {note}"
-            warnings.warn(message.strip(), Act24Warning, stacklevel=3)
+    def judge(self, note: str) -> None:
+        if self.rewritten or self.judged:
+            return
+        self.judged = True
+        cause = "; ".join(sorted(self.reasons)) or "no linear layers in it form a Linear→ReLU²→Linear block"
+        message = f"ao_act24 rewrote nothing in a compiled model: {cause}. "
+        message += f"ao_act24.explain(model, *inputs) lists every site. {note}"
+        warnings.warn(message.strip(), Act24Warning, stacklevel=3)
+
+
+class _Call:
+    """One call of a compiled model; lives as long as its frame."""
 
 
 _models: WeakKeyDictionary[Any, _Model] = WeakKeyDictionary()
-_unknown = _Model()
 
 
 def watch(gm: GraphModule, verdicts: list[Verdict]) -> Callable[[Any], Any]:
-    """Warn if ``gm``, a graph of Dynamo's, stays dense. Returns a decorator for its compiled form."""
-    model, outermost = _being_compiled()
+    """Warn if the model that ``gm``, a graph of Dynamo's, belongs to stays dense. Decorates its compiled form."""
+    model, call, outermost = _being_compiled()
     model.rewritten |= any(verdict.rewritten for verdict in verdicts)
+    model.reasons |= {verdict.reason for verdict in verdicts}
     linears = sum(as_linear(node) is not None for module in graph_modules(gm) for node in module.graph.nodes)
-    split = splits_for_ddp() and linears > 0
-    note = DDP_NOTE if split else ""
-    if any(verdict.rewritten for verdict in verdicts):
-        return _as_it_is
-    if verdicts:
-        model.say("; ".join(sorted({verdict.reason for verdict in verdicts})), note)
-        return _as_it_is
-    cause = f"none of its {linears} linear layers belong to a Linear→ReLU²→Linear block"
+    note = DDP_NOTE if splits_for_ddp() else ""
     reason = getattr(gm, "compile_subgraph_reason", None)
     whole = outermost and reason is not None and not reason.graph_break
-    if split or (whole and linears > 1 and not model.rewritten):
-        model.say(cause, note)
-    if whole or not linears:
+    if whole and (verdicts or linears > 1):
+        model.judge(note)
+    if whole or not (verdicts or linears):
         return _as_it_is
-    return functools.partial(_at_second_run, model, cause, note)
+    return functools.partial(_at_a_later_call, model, call, note)
 
 
 def _as_it_is(compiled: Any) -> Any:
     return compiled
 
 
-def _at_second_run(model: _Model, cause: str, note: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    runs = itertools.count(1)
-
+def _at_a_later_call(model: _Model, call: ref[_Call], note: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
-        if next(runs) == 2 and not model.rewritten:
-            model.say(cause, note)
+        if call() is None:
+            model.judge(note)
         return compiled(*args)
 
     return run
 
 
-def _being_compiled() -> tuple[_Model, bool]:
-    """The compiled model whose call is on the stack, and whether its own code is being compiled, not a part's."""
+def _being_compiled() -> tuple[_Model, ref[_Call], bool]:
+    """The compiled model and its call on the stack, and whether its own code is being compiled, not a part's."""
     outermost = True
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
         name = str(frame.f_globals.get("__name__"))
         if name == "torch._dynamo.eval_frame" and frame.f_code.co_name == "compile_wrapper":
-            call = frame.f_locals.get("fn")
-            return _models.setdefault(getattr(call, "__self__", call), _Model()), outermost
-        ours = name.startswith(("ao_act24.", "torch._")) or name in ("torch", "torch.nn.modules.module")
+            model = _models.setdefault(frame.f_locals["self"], _Model())  # one context for each torch.compile
+            call = frame.f_locals.setdefault("_ao_act24_call", _Call())  # a frame keeps what is no variable of it
+            return model, ref(call), outermost
+        ours = name.startswith(("ao_act24.", "torch._", "torch.fx.")) or name in ("torch", "torch.nn.modules.module")
         outermost = outermost and ours
-    return _unknown, False
+    return _Model(), ref(_Call()), False
 
 
 DDP_NOTE = (

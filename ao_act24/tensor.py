@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
 from ao_act24 import ops
@@ -153,17 +154,23 @@ class Sparse24Tensor(TorchAOBaseTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _PRODUCTS:
-            return _PRODUCTS[func](*args, **(kwargs or {}))
+            if kwargs.pop("out", None) is not None:
+                _unsupported("out=")
+            return _PRODUCTS[func](*args, **kwargs)
         if func in _COPIES:  # above autograd, so that gradients reach packed
-            self, *rest = args
-            packed = func(self.packed, *rest, **(kwargs or {}))
-            copied = "clone" in func.__name__ or (kwargs or {}).get("copy", False)
+            inner = tree_map_only(Sparse24Tensor, lambda sparse: sparse.packed, (args, kwargs))
+            packed, self = func(*inner[0], **inner[1]), args[0]
+            if not isinstance(self, Sparse24Tensor):  # dense.to(sparse)
+                return packed
+            _check_dtype(packed.dtype)
+            copied = "clone" in func.__name__ or kwargs.get("copy", False)
             metadata = self.metadata.to(packed.device, copy=copied)
             return Sparse24Tensor(packed, metadata, self.transposed)
-        if func is torch.Tensor.share_memory_:  # torch would crash: the wrapper has no storage
-            _unsupported("share_memory_")
-        return super().__torch_function__(func, types, args, kwargs or {})
+        if func in _NEED_STORAGE:
+            _unsupported(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -177,6 +184,11 @@ def _unsupported(what: str) -> NoReturn:
         f"Sparse24Tensor does not support {what}. It is the left operand of F.linear, mm, addmm and matmul; for "
         "anything else call .to_dense() first"
     )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in ops.DTYPES:
+        raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
 
 
 def _torchao_float8_sparse() -> Any:
@@ -209,9 +221,13 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
 
 
 def _mm(input: Tensor, mat2: Tensor) -> Tensor:
-    if input.dim() != 2 or mat2.dim() != 2:
-        _unsupported(f"mm of {input.dim()} and {mat2.dim()} dimensions: it takes two matrices")
+    _check_matrices("mm", input, mat2)
     return _matmul(input, mat2)
+
+
+def _check_matrices(name: str, first: Tensor, second: Tensor) -> None:
+    if first.dim() != 2 or second.dim() != 2:
+        _unsupported(f"{name} of {first.dim()} and {second.dim()} dimensions: it takes two matrices")
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -219,10 +235,13 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
         _unsupported("addmm with a sparse summand")
     if input.dtype != mat1.dtype:
         raise ValueError(f"input must have the dtype of mat1, {mat1.dtype}, got {input.dtype}")
+    _check_matrices("addmm", mat1, mat2)
     if _is_left(mat1) and input.dim() == 1 and beta == alpha == 1:
-        return ops.sparse_mm(mat1.packed, mat1.metadata, mat2.t(), input)  # type: ignore[attr-defined]
-    product = alpha * _mm(mat1, mat2)
-    return beta * input + product if beta else product  # NaN in a summand that does not count is ignored, as in torch
+        bias = input.expand(mat2.shape[1])
+        return ops.sparse_mm(mat1.packed, mat1.metadata, mat2.t(), bias)  # type: ignore[attr-defined]
+    product = alpha * _matmul(mat1, mat2)
+    summand = input.expand(product.shape)
+    return beta * summand + product if beta else product  # NaN in a summand that does not count is ignored, as in torch
 
 
 _PRODUCTS: dict[Any, Any] = {
@@ -241,6 +260,9 @@ _COPIES = {
     getattr(torch.Tensor, name) for name in ("clone", "to", "half", "bfloat16", "float", "double", "cpu", "cuda")
 } | {torch.clone}
 
+# torch would crash: the wrapper has no storage
+_NEED_STORAGE = {torch.Tensor.share_memory_, torch.Tensor.__dlpack__, torch.Tensor.__dlpack_device__}
+
 implements = Sparse24Tensor.implements
 aten = torch.ops.aten
 
@@ -254,6 +276,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten.transpose.int)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     x, first, second = args
+    x.packed.transpose(first, second)  # torch's own error for dimensions out of range
     if x.dim() != 2 or {first % 2, second % 2} != {0, 1}:
         _unsupported("transpose of other than a matrix's two dimensions")
     return Sparse24Tensor(x.packed, x.metadata, not x.transposed)
@@ -262,6 +285,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten.permute.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     x, dims = args
+    x.packed.permute(dims)  # torch's own error for dimensions out of range
     if x.dim() != 2 or [d % 2 for d in dims] != [1, 0]:
         _unsupported("permute other than a matrix's transpose")
     return Sparse24Tensor(x.packed, x.metadata, not x.transposed)
@@ -270,6 +294,7 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten._to_copy.default)
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     (x,) = args
+    _check_dtype(kwargs.get("dtype") or x.dtype)
     kwargs = {name: value for name, value in kwargs.items() if name in ("dtype", "device", "non_blocking")}
     device = {name: value for name, value in kwargs.items() if name != "dtype"}
     return Sparse24Tensor(x.packed.to(**kwargs), x.metadata.to(**device), x.transposed)

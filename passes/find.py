@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from .vocabulary import (
     Between,
     Linear,
+    ancestors,
     argument,
     as_between,
     as_linear,
@@ -80,7 +81,7 @@ def find_sites(graph: Graph) -> list[Site]:
                 sites.append(Site("relu²", node, up=up, relu2=relu2, reason=_where_it_goes(node)))
             elif (source := _strip(relu2.h)[1]).op == "call_module":
                 sites.append(Site("relu²", node, relu2=relu2, reason=up))
-            elif source.op == "placeholder" and any(user.op == "output" for user in node.users):
+            elif source.op == "placeholder" and _is_output(_behind(node)) and _is_part(graph):
                 reason = (
                     "ReLU² is alone in its graph: graph breaks, or an autograd.Function around it, keep it from its "
                     "linear layers"
@@ -88,6 +89,12 @@ def find_sites(graph: Graph) -> list[Site]:
                 sites.append(Site("relu²", node, relu2=relu2, reason=reason))
     order = {node: position for position, node in enumerate(graph.nodes)}
     return sorted(sites, key=lambda site: order[site.node])
+
+
+def _is_part(graph: Graph) -> bool:
+    """Whether the graph is less than a model: a body, or cut by a graph break. A whole one's lone ReLU² is no FFN's."""
+    reason = getattr(graph.owning_module, "compile_subgraph_reason", None)  # only Dynamo's outermost graphs have one
+    return reason is None or reason.graph_break
 
 
 def _already_rewritten(node: Node) -> Site | None:
@@ -125,7 +132,8 @@ def _relu2_site(down: Linear) -> Site | None:
 def _obstacle(relu2: Relu2, up: Linear, down: Linear) -> str:
     """What in the graph speaks against rewriting a block of the right form; empty if nothing."""
     return (
-        _second_consumer(relu2, down)
+        _given_out(relu2)
+        or _second_consumer(relu2, down)
         or _overwritten(relu2, up, down)
         or _grad_mode(relu2, down)
         or _functional_transform(down)
@@ -156,7 +164,7 @@ def _gated_site(down: Linear) -> Site | None:
             elif any(other in relu2.inside for other in factors if other is not factor):
                 site.activation = "relu to the power 3"
                 site.reason = "the activation is relu to the power 3, not relu²"
-            elif any(_ancestors(other) & relu2.inside for other in factors if other is not factor):
+            elif any(ancestors(other) & relu2.inside for other in factors if other is not factor):
                 site.activation = "relu²"
                 site.reason = _where_it_goes(_strip(factor)[1])
             elif op_name(node) == "mul":
@@ -336,8 +344,18 @@ def _climb_to_linear(node: object) -> Linear | str:
             break
     if isinstance(node, Node) and node.op == "call_module":
         return f"the pre-activation comes from {_no_plain_linear(node)}"
-    what = op_name(node) or (node.op if isinstance(node, Node) else "a constant")
+    if isinstance(node, Node) and node.op == "placeholder":
+        return (
+            "the pre-activation is an input of this graph: a graph break or a checkpoint boundary cuts it off from its "
+            "linear layer"
+        )
+    what = _shown(node) if isinstance(node, Node) else "a constant"
     return f"the pre-activation does not come from a linear layer but from {what}"
+
+
+def _shown(node: Node) -> str:
+    name = op_name(node) or node.name
+    return "a product of activations" if name == "linear" else name
 
 
 def _no_plain_linear(module: Node) -> str:
@@ -346,6 +364,12 @@ def _no_plain_linear(module: Node) -> str:
         f"{module.target}, a {type(submodule(module)).__name__} and no plain linear layer: if it holds a LoRA adapter, "
         "merge that into the base weight first"
     )
+
+
+def _given_out(relu2: Relu2) -> str:
+    """The tensor that ``out=`` names is somebody else's, who expects to find the dense result in it."""
+    written = [op_name(node) for node in sorted(relu2.inside) if node.kwargs.get("out") is not None]
+    return f"{written[0]} writes into the tensor given by out=: leave out= away" if written else ""
 
 
 def _second_consumer(relu2: Relu2, down: Linear) -> str:
@@ -383,7 +407,7 @@ def _overwritten(relu2: Relu2, up: Linear, down: Linear) -> str:
         if node not in relu2.inside and mutates(node) and made & set(node.all_input_nodes):
             return f"the pre-activation may be changed in place by {op_name(node)}: use the out-of-place form"
     if relu2.in_place:
-        path = made & (_ancestors(relu2.h) | {relu2.h})
+        path = made & (ancestors(relu2.h) | {relu2.h})
         for node in sorted(path):
             for user in node.users:
                 if user not in path | relu2.inside:
@@ -415,17 +439,6 @@ def _between(first: Node, last: Node) -> Iterator[Node]:
         node = node.next
 
 
-def _ancestors(node: Node) -> set[Node]:
-    """Everything that ``node`` is computed from."""
-    found: set[Node] = set()
-    queue = [node]
-    while queue:
-        new = [n for n in queue.pop().all_input_nodes if n not in found]
-        found.update(new)
-        queue += new
-    return found
-
-
 def _dropout(relu2: Relu2) -> str:
     active = [step for step in relu2.before_square + relu2.after_square if step.kind == "dropout"]
     if not active:
@@ -444,12 +457,22 @@ def _entangled(relu2: Relu2) -> str:
     return ""
 
 
-def _where_it_goes(node: Node) -> str:
-    """Why a ReLU² has no down projection that we recognise."""
+def _behind(node: Node) -> Node:
+    """The last of the in-between nodes that follow ``node``; itself if there is none, or others see it too."""
     while len(node.users) == 1 and as_between(user := next(iter(node.users))):
         node = user
+    return node
+
+
+def _is_output(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _where_it_goes(node: Node) -> str:
+    """Why a ReLU² has no down projection that we recognise."""
+    node = _behind(node)
     users = list(node.users)
-    if any(user.op == "output" for user in users):
+    if _is_output(node):
         return "the activation is an output of this graph: a graph break or a checkpoint boundary follows it"
     if len(users) == 1 and users[0].op == "call_module":
         return f"the activation goes into {_no_plain_linear(users[0])}"
@@ -464,5 +487,5 @@ def _where_it_goes(node: Node) -> str:
             )
         queue += [u for u in user.users if u not in seen]
         seen |= set(user.users)
-    names = ", ".join(op_name(user) or user.name for user in users) or "nothing"
+    names = ", ".join(map(_shown, users)) or "nothing"
     return f"the activation does not go straight into a linear layer but into {names}"

@@ -104,7 +104,8 @@ class Report:
         for v in self.verdicts:
             shapes = f"{_shape(v.x)} → {'?' if v.hidden_dim is None else v.hidden_dim} → {_shape(v.out)}"
             mark = Text("yes", "green") if v.rewritten else Text("no", "yellow")
-            cells = (v.path or v.source, v.activation, shapes, f"{v.dtype} {v.device}".strip())
+            site = v.path or (v.source if len(v.source) <= 40 else v.source[:39] + "…")
+            cells = (site, v.activation, shapes, f"{v.dtype} {v.device}".strip())
             table.add_row(*map(Text, cells), mark, Text(v.reason))  # Text: brackets are no markup
         return Group(table if self.verdicts else self.summary(), *map(Text, self.notes))
 

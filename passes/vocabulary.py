@@ -199,7 +199,7 @@ def as_linear(node: object) -> Linear | None:
         bias, transposed = None, True
     if not isinstance(data, Node) or not isinstance(weight, Node) or "out" in node.kwargs:
         return None
-    if transposed and not _is_weight(weight):
+    if not _is_weight(weight) and (transposed or _made_by_linear(weight)):
         return None
     return Linear(node, data, weight, bias, transposed)
 
@@ -213,6 +213,22 @@ def _is_weight(node: Node) -> bool:
             return False
         node = node.args[0]  # type: ignore[assignment]
     return True
+
+
+def _made_by_linear(node: Node) -> bool:
+    """Whether a linear layer took part: ``F.linear`` of two activations. A weight that is computed is none of these."""
+    return any(op_name(source) == "linear" for source in (node, *ancestors(node)))
+
+
+def ancestors(node: Node) -> set[Node]:
+    """Everything that ``node`` is computed from."""
+    found: set[Node] = set()
+    queue = [node]
+    while queue:
+        new = [n for n in queue.pop().all_input_nodes if n not in found]
+        found.update(new)
+        queue += new
+    return found
 
 
 def weight_origin(node: Node) -> tuple[Any, bool]:

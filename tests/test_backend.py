@@ -1,6 +1,8 @@
 """torch.compile(backend="ao_act24"), the pass object, caches, and what importing the package does."""
 
+import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,18 +107,6 @@ def test_checkpoint_around_a_compiled_model():
         check(lambda x: torch.utils.checkpoint.checkpoint(compiled, x, use_reentrant=False), mlp, x)
 
 
-def test_inference_mode_and_autocast():
-    mlp, x = MLP(), torch.randn(64, 16)
-    with torch.inference_mode():
-        assert relative_error(torch.compile(mlp, backend="ao_act24")(x), oracle(mlp, x)) < 1e-5
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        got = torch.compile(mlp, backend="ao_act24")(x)
-        assert got.dtype == torch.bfloat16
-        exact = oracle(mlp.double(), x.double())
-        reference = relative_error(oracle(mlp.float(), x), exact)
-        assert relative_error(got, exact) <= 1.5 * reference
-
-
 def count_ops(graph: Graph) -> int:
     return sum("ao_act24" in str(node.target) for node in graph.nodes)
 
@@ -153,6 +143,38 @@ def test_pass_object_with_plain_inductor():
         check(torch.compile(mlp), mlp, torch.randn(7, 16))
 
 
+def checkpointed(mlp):
+    return lambda x: torch.utils.checkpoint.checkpoint(mlp, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "around, options",
+    [
+        (lambda mlp: mlp, {"fullgraph": True, "dynamic": True}),
+        (lambda mlp: mlp, {"mode": "reduce-overhead"}),
+        (checkpointed, {"fullgraph": True}),
+    ],
+    ids=["fullgraph, dynamic", "mode", "checkpoint"],
+)
+def test_pass_object_composes(around, options):
+    mlp = MLP()
+    with torch._inductor.config.patch(pre_grad_custom_pass=Act24Pass()):
+        check(torch.compile(around(mlp), **options), mlp, torch.randn(6, 16))
+
+
+@pytest.mark.parametrize("compiling", [{"backend": "ao_act24"}, {"options": {"pre_grad_custom_pass": Act24Pass()}}])
+def test_inference_mode_and_autocast(compiling):
+    mlp, x = MLP(), torch.randn(64, 16)
+    with torch.inference_mode():
+        assert relative_error(torch.compile(mlp, **compiling)(x), oracle(mlp, x)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got = torch.compile(mlp, **compiling)(x)
+        assert got.dtype == torch.bfloat16
+        exact = oracle(mlp.double(), x.double())
+        reference = relative_error(oracle(mlp.float(), x), exact)
+        assert relative_error(got, exact) <= 1.5 * reference
+
+
 def test_pass_identity():
     import pickle
 
@@ -175,14 +197,15 @@ class Square(nn.Module):
 
 
 def test_zero_rewrites_are_said_once():
-    gelu, x = MLP(F.gelu), torch.randn(4, 16)
+    gelu, x = torch.compile(MLP(F.gelu), backend="ao_act24"), torch.randn(4, 16)
     with pytest.warns(ao_act24.Act24Warning, match=r"rewrote nothing .* gelu, not relu².*explain"):
-        torch.compile(gelu, backend="ao_act24")(x)
+        gelu(x)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error", ao_act24.Act24Warning)
-        torch.compile(gelu, backend="ao_act24")(x)  # on a warm cache too, and once is enough
+        gelu(x)  # on a warm cache too, and once is enough
         torch.compile(lambda x: x + 1, backend="ao_act24")(x)  # nothing to expect here
+        torch.compile(lambda x: F.relu(x).square().mean(), backend="ao_act24")(x)
         torch.compile(MLP(), backend="ao_act24")(x)
 
 
@@ -191,7 +214,7 @@ def test_zero_rewrites_without_any_ffn():
     torch.compile(MLP(), backend="ao_act24")(torch.randn(4, 16))
     for layers in (2, 3):
         model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
-        with pytest.warns(ao_act24.Act24Warning, match=f"none of its {layers} linear layers"):
+        with pytest.warns(ao_act24.Act24Warning, match="no linear layers in it form"):
             torch.compile(model, backend="ao_act24")(torch.randn(4, 16))
 
 
@@ -217,33 +240,71 @@ class Attention(nn.Module):
         return x
 
 
-def test_zero_rewrites_in_a_model_with_graph_breaks():
-    """A part without an FFN proves nothing: the warning waits until the model has been run through."""
-    x = torch.randn(4, 16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ao_act24.Act24Warning)
-        good = torch.compile(nn.Sequential(Attention(), MLP()), backend="ao_act24")
-        for _ in range(3):
-            good(x)
-        torch._dynamo.reset()  # or else the graph of good's attention serves here too
-        bad = torch.compile(nn.Sequential(Attention(), nn.Linear(16, 16)), backend="ao_act24")
-        bad(x)
-    with pytest.warns(ao_act24.Act24Warning, match="none of its . linear layers"):
-        bad(x)
+class Breaking(nn.Sequential):
+    """Each layer in a graph of its own."""
+
+    def forward(self, x):
+        for number in range(len(self)):
+            x = self[number](x)
+            torch._dynamo.graph_break()
+        return x
 
 
-def test_zero_rewrites_where_breaks_cut_the_activation_off():
-    def breaking(h):
-        torch._dynamo.graph_break()
-        y = h.relu().square()
-        torch._dynamo.graph_break()
-        return y
+MODELS_WITH_GRAPH_BREAKS = {  # and what is said of them
+    "attention, FFN": (lambda: nn.Sequential(Attention(), MLP()), ""),
+    "one graph for two layers, FFN": (lambda: nn.Sequential(*(Attention() for _ in range(3)), MLP()), ""),
+    "FFN, GELU": (lambda: Breaking(MLP(), MLP(F.gelu)), ""),
+    "GELU, FFN": (lambda: Breaking(MLP(F.gelu), MLP()), ""),
+    "attention": (lambda: nn.Sequential(Attention(), nn.Linear(16, 16)), "no linear layers in it form"),
+    "sizes": (lambda: Breaking(*(MLP(hidden=hidden) for hidden in (6, 10, 14))), "got 10; .* got 14; .* got 6"),
+    "cut off": (lambda: MLP(broken_off), "ReLU² is alone in its graph"),
+}
 
-    x = torch.randn(4, 16)
-    with pytest.warns(ao_act24.Act24Warning, match="ReLU² is alone in its graph"):
-        torch.compile(MLP(breaking), backend="ao_act24")(x)
-    (verdict,) = ao_act24.explain(MLP(breaking), x)
-    assert not verdict.rewritten and "graph breaks" in verdict.reason
+
+def broken_off(h):
+    torch._dynamo.graph_break()
+    y = h.relu().square()
+    torch._dynamo.graph_break()
+    return y
+
+
+@pytest.mark.parametrize("model", MODELS_WITH_GRAPH_BREAKS)
+def test_zero_rewrites_in_a_model_with_graph_breaks(model):
+    """A part proves nothing: the warning waits until the model has been run through, and comes once."""
+    make, message = MODELS_WITH_GRAPH_BREAKS[model]
+    compiled, x = torch.compile(make(), backend="ao_act24"), torch.randn(4, 16)
+    said = []
+    for _ in range(3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compiled(x)
+        said.append([str(w.message) for w in caught if w.category is ao_act24.Act24Warning])
+    assert list(map(len, said)) == [0, bool(message), 0]
+    assert not message or re.search(message, said[1][0])
+
+
+@dataclasses.dataclass
+class Unhashable:
+    mlp: nn.Module
+
+    def run(self, x):
+        return self.mlp(x)
+
+
+class Slots:
+    __slots__ = ("mlp",)
+
+    def __init__(self, mlp):
+        self.mlp = mlp
+
+    def run(self, x):
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize("owner", [Unhashable, Slots])
+def test_methods_of_any_object_compile(owner):
+    with pytest.warns(ao_act24.Act24Warning, match="gelu, not relu²"):
+        torch.compile(owner(MLP(F.gelu)).run, backend="ao_act24")(torch.randn(4, 16))
 
 
 def test_ddp_that_splits_graphs_is_named(tmp_path):
@@ -253,7 +314,8 @@ def test_ddp_that_splits_graphs_is_named(tmp_path):
         model = nn.parallel.DistributedDataParallel(MLP(dim=256, hidden=2048), bucket_cap_mb=1)
         x = torch.randn(4, 256)
         with pytest.warns(ao_act24.Act24Warning, match="optimize_ddp = False"):
-            torch.compile(model, backend="ao_act24")(x)
+            compiled = torch.compile(model, backend="ao_act24")
+            compiled(x), compiled(x)
         report = ao_act24.explain(model, x)
         assert not report.rewritten and any("optimize_ddp" in note for note in report.notes)
         torch._dynamo.reset()

@@ -88,6 +88,11 @@ def attention(m, x):
     return relu2(q @ k.T) @ v
 
 
+def attention_by_linear(m, x):
+    q, k, v = m.up(x[0]), m.up2(x[0]), m.middle(m.up(x[0]))
+    return F.linear(relu2(F.linear(q, k)), v.t())
+
+
 def lora_down(m, x):
     y = relu2(m.up(x))
     return m.down(y) + m.down2(y)
@@ -344,9 +349,14 @@ DECOYS = {
     "source of the chunk mutated": (mutated_source_of_chunk, "place"),
     # other products
     "attention": (attention, None),
+    "attention by F.linear": (attention_by_linear, None),
     "convolutions": (convolutions, None),
     "bmm experts": (experts, None),
-    "gram matrix": (lambda m, x: F.linear(y := relu2(m.up(x[0])), y), ""),
+    "gram matrix": (lambda m, x: F.linear(y := relu2(m.up(x[0])), y), "but into a product of activations"),
+    "up weight made of activations": (
+        lambda m, x: F.linear(relu2(F.linear(m.up(x[0]), m.up2(x[0]))), m.down.weight[:, :8]),
+        "does not come from a linear layer but from a product of activations",
+    ),
     "weight of one dimension": (lambda m, x: F.linear(relu2(m.up(x)), m.vector), "weight"),
     "bias of two dimensions": (lambda m, x: F.linear(relu2(m.up(x[0])), m.down.weight, m.down.bias[None]), "bias"),
     "addmm with a matrix": (
@@ -362,7 +372,7 @@ DECOYS = {
         lambda m, x: m.down(relu2(F.pad(x, (0, 8)))),
         "does not come from a linear layer but from pad",
     ),
-    "out=": (out_argument, ""),
+    "out=": (out_argument, "square writes into the tensor given by out="),
 }
 NOT_IN_TRAINING = ("in-place relu of a chunk", "source of the chunk mutated", "out=")  # autograd forbids these
 IN_INFERENCE_TOO = (
@@ -440,6 +450,51 @@ def test_quantised_down_projection(mode):
     model = FFN(relu2)
     quantize_(model.down, Int8WeightOnlyConfig())
     check_dense(model, "2:4 works on plain tensors only", mode=mode)
+
+
+OUT = {
+    "relu": lambda h, out: torch.clamp(h, min=0, out=out).square(),
+    "maximum": lambda h, out: torch.maximum(h, torch.zeros(()), out=out).square(),
+    "square": lambda h, out: torch.square(F.relu(h), out=out),
+    "pow": lambda h, out: torch.pow(F.relu(h), 2, out=out),
+    "mul": lambda h, out: torch.mul(r := F.relu(h), r, out=out),
+    "h * relu(h)": lambda h, out: torch.mul(h, F.relu(h), out=out),
+    "where": lambda h, out: torch.where(h > 0, h * h, torch.tensor(0.0), out=out),
+}
+
+
+@pytest.mark.parametrize("step", OUT)
+def test_out_is_written(step):
+    buffer = torch.zeros(2, 8, HIDDEN_DIM)
+    compiled = Compiled(FFN(lambda h: OUT[step](h, buffer)))
+    with torch.no_grad():
+        compiled(inputs(2, 8))
+    assert not compiled.forward and "given by out=" in compiled.verdicts[0].reason
+    assert buffer.any()
+
+
+def test_graph_breaks_around_the_activation():
+    """Each part says what it can see; ReLU² that is all of a graph is somebody's loss."""
+
+    def around(h):
+        torch._dynamo.graph_break()
+        y = F.relu(h.contiguous()).square().contiguous().view(-1, HIDDEN_DIM)
+        torch._dynamo.graph_break()
+        return y
+
+    report = ao_act24.explain(FFN(around), inputs(grad=False))
+    assert ["alone in its graph" in v.reason for v in report] == [True]
+    source = report.verdicts[0].source
+    assert len(source) > 40 and f"│ {source[:39]}… │" in str(report), "the line of code does not crowd out the reason"
+
+    def forward(m, x):
+        h = m.up(x)
+        torch._dynamo.graph_break()
+        return m.down(relu2(h))
+
+    report = ao_act24.explain(Decoy(forward), inputs(grad=False))
+    assert ["is an input of this graph: a graph break" in v.reason for v in report] == [True]
+    assert not ao_act24.explain(relu2, inputs(grad=False)).verdicts
 
 
 def test_symbolic_hidden_size():

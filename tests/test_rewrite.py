@@ -459,6 +459,9 @@ FORMULAS = {
     ".T.type_as": lambda a, x, w1, w2, b1, b2: a(x @ w1.T.type_as(x) + b1) @ w2.T.type_as(x) + b2,
     ".to().t()": lambda a, x, w1, w2, b1, b2: a(x @ w1.to(x).t() + b1) @ w2.to(x.dtype).t().contiguous() + b2,
     "scaled weight": lambda a, x, w1, w2, b1, b2: F.linear(a(F.linear(x, w1 * 2, b1)), w2 * 0.5, b2),
+    "low-rank update": lambda a, x, w1, w2, b1, b2: F.linear(
+        a(F.linear(x, w1 + b1[:, None] @ b2[None], b1)), w2 + b2[:, None] @ b1[None], b2
+    ),
     "tied weights": lambda a, x, w1, w2, b1, b2: F.linear(a(F.linear(x, w1, b1)), w1.t(), b2) + 0 * w2.sum(),
 }
 KN_FORMULAS = {  # weights [D, H], [H, D]

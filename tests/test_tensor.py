@@ -51,6 +51,8 @@ PRODUCTS = {
     "addmm": lambda s: torch.addmm(B, s, W.t()),
     "addmm without the summand": lambda s: torch.addmm(torch.full((64, 32), torch.nan), s, W.t(), beta=0),
     "addmm scaled": lambda s: torch.addmm(torch.ones(64, 32), s, W.t(), beta=2, alpha=0.5),
+    "addmm of one number": lambda s: torch.addmm(torch.ones(1), s, W.t()),
+    "addmm of a column": lambda s: torch.addmm(torch.ones(64, 1), s, W.t()),
     "method addmm": lambda s: torch.ones(64, 32).addmm(s, W.t()),
     "transposed twice": lambda s: s.t().t() @ W.t(),
     "right of @, transposed": lambda s: W @ s.t(),
@@ -131,6 +133,10 @@ def test_save_and_load(h, transposed):
         (lambda s: s @ s.t(), "product"),
         (lambda s: s.share_memory_(), "share_memory_"),
         (lambda s: torch.addmm(s, torch.ones(64, 2), torch.ones(2, 128)), "sparse summand"),
+        (lambda s: torch.mm(s, W.t(), out=torch.empty(64, 32)), "out="),
+        (lambda s: torch.addmm(B, s, W.t(), out=torch.empty(64, 32)), "out="),
+        (lambda s: torch.from_dlpack(s), "__dlpack_"),
+        (lambda s: s.__dlpack__(), "__dlpack__"),
     ],
 )
 def test_unsupported_operations_say_so(h, call, name):
@@ -143,6 +149,23 @@ def test_products_refuse_what_torch_refuses(h):
         torch.mm(Sparse24Tensor.from_hidden(h[None]), W.t())
     with pytest.raises(ValueError, match=r"input must have the dtype of mat1, torch\.float32, got torch\.float64"):
         torch.addmm(B.double(), Sparse24Tensor.from_hidden(h), W.t())
+    with pytest.raises(NotImplementedError, match="addmm of 3 and 2 dimensions"):
+        torch.addmm(B, Sparse24Tensor.from_hidden(h[None]), W.t())
+    with pytest.raises(RuntimeError, match="expand"):
+        torch.addmm(torch.ones(2, 64, 32), Sparse24Tensor.from_hidden(h), W.t())
+    for swap in (lambda s: s.transpose(3, 2), lambda s: s.permute(3, 2)):
+        with pytest.raises(IndexError, match="Dimension out of range"):
+            swap(Sparse24Tensor.from_hidden(h))
+
+
+def test_dtypes_and_other_tensors_as_targets(h):
+    s = Sparse24Tensor.from_hidden(h.bfloat16())
+    for cast in (lambda s: s.to(torch.int32), lambda s: s.int(), lambda s: s.type_as(torch.ones(1, dtype=torch.int32))):
+        with pytest.raises(TypeError, match=r"dtype must be bfloat16, .* or float64, got torch\.int32"):
+            cast(s)
+    x = torch.randn(2, requires_grad=True)
+    assert x.to(s).dtype == torch.bfloat16 and type(x.to(s)) is torch.Tensor and x.to(s).requires_grad
+    assert Sparse24Tensor.from_hidden(h).to(s).dtype == s.to(x).to(s).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
