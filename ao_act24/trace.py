@@ -121,7 +121,7 @@ class _Tracer(Tracer):
                     torch.cuda.set_rng_state(torch.from_numpy(state), device)
 
     def _watch(self, frame: types.FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        """For ``sys.settrace``: sees every function that is called, and every exception in those that are not torch's."""
+        """For ``sys.settrace``: sees all functions that are called, and the exceptions in those that are not torch's."""
         file = frame.f_code.co_filename
         if event == "exception" and not issubclass(argument[0], (StopIteration, GeneratorExit)):
             self.faithful = False  # that matters where it is swallowed

@@ -105,7 +105,7 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
 
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
-    """For ``nn.DataParallel``: what a class has copies all attributes, and so a forward that is bound to the original."""
+    """For ``nn.DataParallel``: the class's own copies all attributes, and so a forward bound to the original."""
     replica = type(self)._replicate_for_data_parallel(self)
     replica.forward = types.MethodType(self.forward.__func__, replica)
     return replica
