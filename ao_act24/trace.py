@@ -65,7 +65,7 @@ class _Value(Proxy):
         raise TraceError("symbolic tracing does not know this of a value")
 
     __hash__ = __repr__ = _unknown
-    __class__ = property(lambda self: Tensor if self.node.op == "placeholder" else self._unknown())  # type: ignore[assignment]
+    __class__ = property(lambda self: Tensor if self.node.op == "placeholder" else self._unknown())
 
     def __getattr__(self, name: str) -> "_Attribute":
         return _Attribute(self, name) if hasattr(Tensor, name) else self._unknown()
@@ -121,7 +121,7 @@ class _Tracer(Tracer):
                     torch.cuda.set_rng_state(torch.from_numpy(state), device)
 
     def _watch(self, frame: types.FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        """For ``sys.settrace``: sees all functions that are called, and the exceptions in those that are not torch's."""
+        """For ``sys.settrace``: sees all functions that are called, and exceptions in those that are not torch's."""
         file = frame.f_code.co_filename
         if event == "exception" and not issubclass(argument[0], (StopIteration, GeneratorExit)):
             self.faithful = False  # that matters where it is swallowed

@@ -101,13 +101,13 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         forward = _dispatcher(module, *forwards)
         forward._act24_verdicts = here  # type: ignore[attr-defined]
         module.forward = types.MethodType(forward, module)
-        module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)
+        module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
 
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
     """For ``nn.DataParallel``: the class's own copies all attributes, and so a forward bound to the original."""
     replica = type(self)._replicate_for_data_parallel(self)
-    replica.forward = types.MethodType(self.forward.__func__, replica)
+    replica.forward = types.MethodType(self.forward.__func__, replica)  # type: ignore[attr-defined]
     return replica
 
 
