@@ -3,24 +3,29 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule
 
 from ao_act24 import notice
-from ao_act24.capture import locator, run_captured
+from ao_act24.capture import is_disabled, locator, run_captured
 from ao_act24.config import Act24Config, checked
-from ao_act24.passes import Report, Verdict, examine
+from ao_act24.passes import Report, Verdict, graph_modules
+from ao_act24.passes.find import find_sites
+from ao_act24.passes.judge import judge
+from ao_act24.passes.report import describe
 
 
-def explain(model: Callable[..., Any], *inputs: Any, config: Act24Config | None = None, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | None = None, **kwargs: Any) -> Report:
     """Find every FFN-like site of ``model`` and say of each whether it runs in 2:4, and if not, why.
 
     Runs ``model(*inputs, **kwargs)`` once through Dynamo, in the current grad, autocast and training mode, and looks
-    at the graphs. The model, its buffers and the random state are as before afterwards; compile caches play no part.
+    at the graphs. Afterwards the model, its buffers and torch's random state are as before. Compile caches play
+    no part.
 
     Args:
         model: a module or function; may be compiled or transformed by ``sparsify_`` already.
         inputs, kwargs: arguments that the model can run on.
-        config: as for compiling.
+        config: as for compiling; never passed to the model.
 
     Returns:
         A ``Report``: prints as a table, iterates over ``Verdict``.
@@ -34,15 +39,16 @@ def explain(model: Callable[..., Any], *inputs: Any, config: Act24Config | None 
         nonlocal graphs, ddp
         graphs += 1
         ddp |= notice.splits_for_ddp()
-        found = examine(gm, config)
-        locate = locator(gm, model)
+        sites = [site for module in graph_modules(gm) for site in find_sites(module.graph)]
+        locators = [locator(gm, model, site, describe(site, judge(site, config))) for site in sites]
         places = set()
 
         def run(*args: Any) -> Any:
-            here, there = locate(args)
-            if there not in places:  # one graph may serve many modules, and many calls of one
-                places.add(there)
-                verdicts.extend(verdict.within(there, here) for verdict in found)
+            for number, locate in enumerate(locators):
+                weights, verdict = locate(args)
+                if (number, weights) not in places:  # one graph may serve many modules, and many calls of one
+                    places.add((number, weights))
+                    verdicts.append(verdict)
             return gm.forward(*args)
 
         return run
@@ -58,6 +64,9 @@ def explain(model: Callable[..., Any], *inputs: Any, config: Act24Config | None 
             f"The model falls into {graphs} graphs (graph breaks); a block that one of them cuts cannot be rewritten. "
             'TORCH_LOGS="graph_breaks" says where they are.'
         )
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    if disabled := [path or "the model" for path, module in modules if is_disabled(module.forward)]:
+        notes.append(f"torch.compiler.disable hides code from Dynamo, and so from this report: {', '.join(disabled)}.")
     if ddp:
         notes.append(notice.DDP_NOTE)
     return Report(tuple(verdicts), tuple(notes))

@@ -47,6 +47,7 @@ class CapturedGraphs:
 
 def capture_graphs(
     model: Callable[..., Any],
+    /,
     *inputs: Any,
     config: Act24Config | None = None,
     dynamic: bool | None = None,
@@ -62,7 +63,7 @@ def capture_graphs(
     Args:
         model: a module or function.
         inputs, kwargs: arguments that it can run on; the current grad, autocast and training mode count.
-        config: as for compiling.
+        config: as for compiling; like ``dynamic``, never passed to the model.
         dynamic: as for ``torch.compile``.
     """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition

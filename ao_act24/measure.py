@@ -117,18 +117,18 @@ class Measurement:
 
 
 def measure(
-    model: Callable[..., Any], *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any
+    model: Callable[..., Any], /, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any
 ) -> Measurement:
     """Run ``model(*inputs, **kwargs)`` dense and in 2:4, and compare every FFN and the result.
 
-    Both runs are without gradients, in the current training mode, and leave the model, its buffers and the random
-    state as they were. The 2:4 run computes the exact semantics on any device, with no claim to speed.
+    Both runs are without gradients, in the current training mode, and leave the model, its buffers and torch's
+    random state as they were. The 2:4 run computes the exact semantics on any device, with no claim to speed.
 
     Args:
         model: a module or function; may be compiled or transformed already.
         inputs, kwargs: arguments that it can run on; large batches give steadier numbers.
-        loss: computes a scalar from the model's output. Without it the output's ``loss`` attribute is used, or the
-            output itself if it is a scalar.
+        loss: computes a scalar from the model's output; never passed to the model. Without it the output's ``loss``
+            attribute is used, or the output itself if it is a scalar.
 
     Raises:
         TypeError: if ``model`` or ``loss`` cannot be called, or ``loss`` returns no scalar.
@@ -136,7 +136,7 @@ def measure(
     """
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of the model's output, got {type(loss).__name__}")
-    layers: dict[tuple[str, str], Layer] = {}
+    layers: dict[tuple[Any, ...], Layer] = {}
     with _Progress() as progress, torch.no_grad():
         dense = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=False))
         sparse = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=True))
@@ -154,11 +154,10 @@ class _Probe:
     """
 
     model: Callable[..., Any]
-    layers: dict[tuple[str, str], Layer]
+    layers: dict[tuple[Any, ...], Layer]  # by the names of its weights, its path and its line of code
     progress: "_Progress"
     sparse: bool
-    here: str = ""  # a module of the graph that is running, as the graph knows it
-    there: str = ""  # and as the model does
+    args: tuple[Any, ...] = ()  # of the graph that is running
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         sites = 0
@@ -166,24 +165,24 @@ class _Probe:
             rewrite_graph(module.graph, Act24Config(emulate=True))
             for site in find_sites(module.graph):
                 if site.rewritten and not self.sparse:
-                    self._replace(site, describe(site, ""))
+                    self._replace(site, locator(gm, self.model, site, describe(site, "")))
                     sites += 1
             module.recompile()
-        locate = locator(gm, self.model)
 
         def run(*args: Any) -> Any:
-            self.here, self.there = locate(args)
+            self.args = args
             self.progress.expect(sites)
             return gm.forward(*args)
 
         return run
 
-    def _replace(self, site: Site, verdict: Verdict) -> None:
+    def _replace(self, site: Site, locate: Callable[[tuple[Any, ...]], tuple[tuple[str, ...], Verdict]]) -> None:
         assert site.relu2 is not None
 
         def measured(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
-            path = verdict.within(self.there, self.here).path
-            layer = self.layers.setdefault((path, verdict.source), Layer(path or verdict.source))
+            weights, verdict = locate(self.args)
+            key = (weights, verdict.path, verdict.source)
+            layer = self.layers.setdefault(key, Layer(verdict.path or verdict.source))
             sparse = torch.ops.ao_act24.sparse_mm(packed, metadata, weight, bias)
             square = reference.relu2(h)
             dense = torch.nn.functional.linear(square.to(packed.dtype), weight, bias)

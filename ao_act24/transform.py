@@ -5,17 +5,14 @@ rewritten graph of ``torch.fx``, which reads the module's own submodules and par
 parameter identities stay, ``torch.compile`` with any backend traces through it, and ``inspect.getsource(mlp.forward)``
 shows what runs. Removing the attribute restores the model.
 
-Symbolic tracing sees a module's code once. What it could get wrong is checked at each call, and where a check fails
-the module's original forward runs instead, with a warning where something changed: arguments other than tensors for
-exactly the required parameters, a submodule replaced or hooked since, dropout active although tracing saw it off,
-a device without kernels. Forwards that set or ask for grad mode or autocast are left alone. What a forward reads from
-attributes, globals and closures is read once, when ``sparsify_`` is called.
+Symbolic tracing sees a module's code once (``trace.py`` says which modules it leaves alone). What may differ later is
+checked at each call, and where a check fails the module's original forward runs instead, with a warning where something
+changed: arguments other than tensors for exactly the required parameters, a submodule replaced or hooked since, dropout
+active although tracing saw it off, a device without kernels. What a forward reads from attributes (buffers aside),
+globals and closures is read once, when ``sparsify_`` is called.
 """
 
-import copy
-import inspect
 import linecache
-import operator
 import types
 import warnings
 from collections.abc import Callable
@@ -24,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node, Tracer
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config, checked
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
 from ao_act24.passes.judge import why_dense
 from ao_act24.passes.vocabulary import is_our_op
+from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
 
 _Forward = Callable[..., Any]
 
@@ -70,27 +68,12 @@ def unsparsify_(model: nn.Module) -> int:
     """Undo ``sparsify_`` on ``model`` and everything in it. Returns the number of modules that were restored."""
     sparsified = [module for module in model.modules() if _is_sparsified(module)]
     for module in sparsified:
-        del module.forward
+        del module.forward, module._replicate_for_data_parallel
     return len(sparsified)
 
 
 def _is_sparsified(module: nn.Module) -> bool:
     return hasattr(module.__dict__.get("forward"), "_act24_verdicts")
-
-
-def _is_patched(module: nn.Module) -> bool:
-    """Whether somebody else gave the instance another forward; a pickled bound method comes back as the class's own."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks)
-
-
-def _matrices(module: nn.Module) -> int:
-    return sum(parameter.ndim == 2 for parameter in module.parameters())
 
 
 def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Verdict]) -> None:
@@ -100,10 +83,10 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
     for name, child in module.named_children():
         _visit(child, f"{path}.{name}".lstrip("."), config, verdicts)
     own = sum(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
-    own += sum(min(_matrices(child), 1) for child in module.children())  # several: say a LoRA adapter around one
-    if own < 2 or _is_patched(module):
+    own += sum(min(matrices(child), 1) for child in module.children())  # several: say a LoRA adapter around one
+    if own < 2 or is_patched(module):
         return
-    train, evaluate = (_trace(module, training) for training in (True, False))
+    train, evaluate = (trace(module, training) for training in (True, False))
     if train is None or evaluate is None:
         return
     traced = [_calls(graph_module) for graph_module in (train, evaluate)]
@@ -118,103 +101,14 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         forward = _dispatcher(module, *forwards)
         forward._act24_verdicts = here  # type: ignore[attr-defined]
         module.forward = types.MethodType(forward, module)
+        module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
 
 
-class _Tracer(Tracer):
-    """Keeps as module calls: torch's own modules, and what holds several matrices, hooks or a forward of its own."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        inside = list(module.modules())
-        opaque = _matrices(module) > 1 or any(map(_is_hooked, inside)) or any(map(_is_patched, inside))
-        return opaque or super().is_leaf_module(module, qualified_name)
-
-
-def _trace(module: nn.Module, training: bool) -> GraphModule | None:
-    """The graph of ``module``'s forward on a copy that shares its tensors; None if it cannot be traced faithfully."""
-    parameters = _parameters(type(module).forward)
-    if parameters is None or any(
-        _reads_global_state(type(m).forward) for m in module.modules() if _is_inlined(m, module)
-    ):
-        return None
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    tensors = [*module.parameters(), *module.buffers()]
-    try:
-        root = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).train(training)
-        before = _attributes(root)
-        graph = _Tracer().trace(root, concrete_args=defaults or None)
-        if _attributes(root) != before:
-            return None  # forward stores something; generated code would not
-        for node in reversed(graph.nodes):  # torch.fx asserts that defaults are not given; the dispatcher sees to that
-            if node.target in (torch._assert, operator.eq) or getattr(node.target, "__name__", "") == "_assert_is_none":
-                if not node.users:
-                    graph.erase_node(node)
-            elif node.op == "placeholder" and str(node.target) not in _required(parameters):
-                if node.users:
-                    return None
-                graph.erase_node(node)
-        graph_module = GraphModule(root, graph)
-    except Exception:  # symbolic tracing runs the module's own code on proxies, and that may raise anything
-        return None
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            node.meta["example_value"] = _attribute(root, str(node.target))
-    return graph_module
-
-
-def _is_inlined(part: nn.Module, module: nn.Module) -> bool:
-    return part is module or not (_matrices(part) > 1 or type(part).__module__.startswith("torch.nn"))
-
-
-_GLOBAL_STATE = {
-    "no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast", "random",
-    "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype",
-}  # fmt: skip
-
-
-def _reads_global_state(forward: _Forward) -> bool:
-    """Whether a forward sets or asks for grad mode or autocast, draws random numbers, or is wrapped by what may.
-
-    Symbolic tracing would run that once and leave it out of the graph.
-    """
-    if hasattr(forward, "__wrapped__") or not hasattr(forward, "__code__"):
-        return True
-    codes = [forward.__code__]
-    for code in codes:
-        if _GLOBAL_STATE & {*code.co_names, *code.co_freevars}:
-            return True
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return False
-
-
-def _attributes(root: nn.Module) -> list[object]:
-    """Everything that a forward could store in its modules, as something to compare."""
-
-    def identity(value: object) -> object:
-        return [id(item) for item in value] if isinstance(value, (list, tuple, set)) else id(value)
-
-    found: list[object] = []
-    for name, module in root.named_modules():
-        for key, value in vars(module).items():
-            items = value.items() if isinstance(value, dict) else [("", value)]
-            found.append((name, key, [(item, identity(part)) for item, part in items]))
-    return found
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
-
-
-def _parameters(forward: _Forward) -> list[inspect.Parameter] | None:
-    """A forward's parameters but for self; None if it takes ``*args`` or ``**kwargs``."""
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-    return None if variable else parameters
-
-
-def _required(parameters: list[inspect.Parameter]) -> list[str]:
-    return [p.name for p in parameters if p.default is p.empty]
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """For ``nn.DataParallel``: the class's own copies all attributes, and so a forward bound to the original."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    replica.forward = types.MethodType(self.forward.__func__, replica)  # type: ignore[attr-defined]
+    return replica
 
 
 @dataclass
@@ -260,10 +154,10 @@ def _generate(
 def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generated | None) -> _Forward:
     """The new forward: the generated one for the module's mode if its conditions hold, else the original."""
     original = type(module).forward
-    parameters = _parameters(original)
+    parameters = forward_parameters(original)
     assert parameters is not None
     positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    required = _required(parameters)
+    required = required_names(parameters)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     warned = set()
 
@@ -301,9 +195,9 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
         child = module.get_submodule(path)
         if type(child) is not kind:
             return f"{path} was replaced after sparsify_, by a {type(child).__name__}"
-        if _is_hooked(child):
+        if is_hooked(child):
             return f"{path} has a hook"
-        if _is_patched(child):
+        if is_patched(child):
             return f"{path} was given another forward"
         if child.training != module.training and not isinstance(child, nn.Linear):
             return f"{path} is not in the training mode of the module around it"
@@ -312,7 +206,7 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
         if isinstance(child, nn.Linear) and child.bias is not None and path not in generated.biased:
             return f"{path} has a bias, and had none when sparsify_ looked"
     for path in generated.weights:
-        weight = _attribute(module, path)
+        weight = attribute(module, path)
         if is_traceable_wrapper_subclass(weight):
             return f"{path} became a {type(weight).__name__}"
         if weight.shape[-1] % 4:
