@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config, checked
+from ao_act24.kernels import cuda
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
 from ao_act24.passes.judge import why_dense
 from ao_act24.passes.vocabulary import is_our_op
@@ -179,7 +180,8 @@ def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generate
         inputs = [given[name] for name in required]
         changed = _changed(self, generated, inputs)
         if not changed:
-            return generated.run(self, *inputs)
+            dense = _stays_dense(self, generated, inputs)
+            return original(self, *args, **kwargs) if dense else generated.run(self, *inputs)
         if not torch.compiler.is_compiling() and changed not in warned:
             warned.add(changed)
             warnings.warn(f"{changed}: {type(self).__name__} runs dense", Act24Warning, stacklevel=2)
@@ -211,4 +213,25 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
             return f"{path} became a {type(weight).__name__}"
         if weight.shape[-1] % 4:
             return f"{path} now has shape {tuple(weight.shape)}"
-    return why_dense(inputs[0].device, generated.config) if inputs else ""
+    if inputs and inputs[0].is_cuda and generated.weights and not generated.config.emulate:
+        return cuda.why_not(inputs[0].device, _dtype(inputs[0].device, attribute(module, generated.weights[0])))
+    return ""
+
+
+def _dtype(device: torch.device, weight: Tensor) -> torch.dtype:
+    """In which a matmul with ``weight`` runs."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+
+
+def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> str:
+    """Why 2:4 does not pay for these inputs; empty if it does."""
+    if not inputs or inputs[0].ndim == 0:
+        return ""
+    device, tokens = inputs[0].device, inputs[0].numel() // inputs[0].shape[-1]
+    for path in generated.weights:
+        weight = attribute(module, path)
+        training = torch.is_grad_enabled() and (weight.requires_grad or inputs[0].requires_grad)
+        dtype = _dtype(device, weight)
+        if reason := why_dense(device, dtype, tokens, *weight.shape, training, generated.config):
+            return reason
+    return ""

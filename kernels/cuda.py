@@ -19,6 +19,7 @@ ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 _THREADS = 256  # a block of the packing kernels
 
 
+@torch.compiler.assume_constant_result
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
     """Why there is no fast kernel for tensors of ``dtype`` on ``device``; empty if there is."""
     if device.type != "cuda":
@@ -65,12 +66,12 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
 def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``reference.sparse_mm``: fp32 accumulation, rounded once. Deterministic.
 
-    The kernel takes H divisible by 64 and D by 8; other sizes are unpacked and multiplied dense.
+    The kernel takes H divisible by 64, D by 8 and less than 4 GB of metadata; else this unpacks and multiplies dense.
     """
     model_dim, hidden_dim = weight.shape
     out = packed.new_empty((*packed.shape[:-1], model_dim))
     tokens = out.numel() // model_dim if model_dim else 0
-    if tokens == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
+    if tokens == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8 or metadata.numel() >> 32:
         return torch.nn.functional.linear(reference.unpack(packed, metadata), weight, bias)
     packed, metadata, weight = map(_aligned, (packed, metadata, weight))
     bias = None if bias is None else _aligned(bias)

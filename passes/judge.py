@@ -1,14 +1,16 @@
 """Decide about a site that has the right form: do shapes, dtypes and devices allow 2:4, and is there code to run it?"""
 
+import math
 from typing import Any
 
-import torch
+from ao_act24.kernels import when
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config
 from ao_act24.ops import DTYPES
 
 from .find import Site
+from .rewrite import narrow_source
 from .vocabulary import cast_dtype, same_size, submodule, value, weight_origin
 
 
@@ -42,17 +44,23 @@ def judge(site: Site, config: Act24Config) -> str:
         return f"the activation is cast to {next(dtype for dtype in casts if dtype not in DTYPES)} on its way"
     if like.dtype not in DTYPES:
         return f"the activation must have dtype bfloat16, float16, float32 or float64, got {like.dtype}"
-    return why_dense(like.device, config)
+    out = value(site.down.node)
+    narrow = narrow_source(site.relu2)
+    dtypes = {like.dtype if narrow is None or h is None else value(narrow).dtype}
+    dtypes |= set() if out is None else {out.dtype}
+    tokens = None if out is None else math.prod(out.shape[:-1])
+    model_dim = None if weight is None else weight.shape[1 if transposed else 0]
+    training = h is not None and h.requires_grad
+    reasons = (why_dense(like.device, dtype, tokens, model_dim, hidden_dim, training, config) for dtype in dtypes)
+    return next(filter(None, reasons), "")
 
 
-def why_dense(device: torch.device, config: Act24Config) -> str:
-    """Why tensors on ``device`` stay dense; empty if 2:4 runs there."""
+def why_dense(device, dtype, tokens, model_dim, hidden_dim, training, config) -> str:  # type: ignore[no-untyped-def]
+    """As ``kernels.when``: why a site stays dense. The CPU always runs the reference; so does all with ``emulate``."""
     if device.type in ("cpu", "meta") or config.emulate:
         return ""
-    return (
-        f"there is no 2:4 kernel for {device.type} yet; Act24Config(emulate=True) runs the exact semantics there, "
-        "slower than dense"
-    )
+    reason: str = when.why_dense(device, dtype, tokens, model_dim, hidden_dim, training)
+    return reason and f"{reason} (Act24Config(emulate=True) runs 2:4 all the same)"
 
 
 def down_weight(site: Site) -> tuple[Any, bool]:

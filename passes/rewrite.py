@@ -107,7 +107,7 @@ class _Emitter:
 
 def _hoist(emit: _Emitter, relu2: Relu2) -> tuple[Node, list[Between]]:
     """Do to ``h`` what was done to the activation. Returns the new ``h`` and the casts that are left for ``packed``."""
-    source = _narrow_source(relu2)
+    source = narrow_source(relu2)
     steps = relu2.before_square + [step for step in relu2.after_square if step.kind == "view"]
     if source is not None:
         steps = [step for step in steps if step.kind == "view"]
@@ -119,7 +119,7 @@ def _hoist(emit: _Emitter, relu2: Relu2) -> tuple[Node, list[Between]]:
     return h, casts
 
 
-def _narrow_source(relu2: Relu2) -> Node | None:
+def narrow_source(relu2: Relu2) -> Node | None:
     """The tensor of which ``h`` and everything up to the consumer is a widened copy, in the consumer's own dtype."""
     casts = [step for step in relu2.before_square + relu2.after_square if step.kind == "cast"]
     if not casts:

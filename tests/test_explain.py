@@ -198,13 +198,25 @@ def test_a_hidden_size_that_four_does_not_divide():
     assert not verdict.rewritten and "divisible by 4, got 34" in verdict.reason
 
 
-def test_a_device_without_kernels_stays_dense():
+def test_where_there_is_no_kernel_or_none_that_pays_it_stays_dense(monkeypatch):
+    from ao_act24.kernels import when
     from ao_act24.passes.judge import why_dense
 
-    config = ao_act24.Act24Config()
-    assert why_dense(torch.device("cpu"), config) == ""
-    assert "no 2:4 kernel for cuda" in why_dense(torch.device("cuda"), config)
-    assert why_dense(torch.device("cuda"), ao_act24.Act24Config(emulate=True)) == ""
+    config, sizes = ao_act24.Act24Config(), (torch.bfloat16, 8192, 4096, 16384, False)
+    monkeypatch.setattr(when.cuda, "_why_not_gpu", lambda index: "")
+    gpu = torch.device("cuda", 0)
+    assert why_dense(torch.device("cpu"), *sizes, config) == "" == why_dense(gpu, *sizes, config)
+    assert "no 2:4 kernel for mps" in why_dense(torch.device("mps"), *sizes, config)
+    for changed, reason in (
+        ((torch.float32, 8192, 4096, 16384, False), "take bfloat16 and float16, got torch.float32"),
+        ((torch.bfloat16, 16, 4096, 16384, False), "tokens on, got 16"),
+        ((torch.bfloat16, 8192, 4, 16384, False), "model_dim divisible by 8, got 4"),
+        ((torch.bfloat16, 8192, 4096, 16388, False), "hidden_dim divisible by 64, got 16388"),
+        ((torch.bfloat16, 8192, 4096, 64, False), "hidden_dim on, got 64"),
+        ((torch.bfloat16, None, 4096, None, True), "training stays dense"),
+    ):
+        assert reason in why_dense(gpu, *changed, config)
+        assert why_dense(gpu, *changed, ao_act24.Act24Config(emulate=True)) == ""
 
 
 def test_measure_equals_what_it_defines(tmp_path):

@@ -13,6 +13,12 @@ struct alignas(64) TensorMap {  // CUtensorMap, opaque: what a bulk tensor copy 
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
+// The same value, of which the compiler no longer knows where it comes from.
+__device__ __forceinline__ int launder(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // --- mbarrier: a counter of arrivals and of bytes still to come, with a phase bit to wait for
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
@@ -72,7 +78,7 @@ __device__ __forceinline__ void flag_wait(const u32* flag) {
 
 __device__ __forceinline__ u32 cluster_rank() {
   u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 

@@ -66,15 +66,14 @@ __device__ __forceinline__ bool segment_at(const Shape& shape, int position, Seg
 }
 
 // The metadata of 256 columns for this thread's two rows (g and g + 8 of its warp's 16), in the order of the K axis:
-// thread q of the quad reads the 8 bytes of stage q. Beyond the tensor: any valid code.
+// thread q of the quad reads the 8 bytes of stage q. Beyond the K axis: any valid code.
 struct RawMetadata {
   uint2 low, high;
 };
 
-__device__ __forceinline__ RawMetadata load_metadata(const u8* low, int stride, bool low_inside, bool high_inside) {
+__device__ __forceinline__ RawMetadata load_metadata(const u8* low, int to_high, bool inside) {
   RawMetadata raw = {{0x44444444u, 0x44444444u}, {0x44444444u, 0x44444444u}};
-  if (low_inside) raw.low = __ldg((const uint2*)low);
-  if (high_inside) raw.high = __ldg((const uint2*)(low + 8 * (i64)stride));
+  if (inside) raw.low = __ldg((const uint2*)low), raw.high = __ldg((const uint2*)(low + to_high));
   return raw;
 }
 
@@ -116,7 +115,6 @@ extern "C" __global__ void BOUNDS
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   const u32 base = shared_address(shared);
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-  const u32 rank = cluster_rank();
   const int warpgroup = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
@@ -135,8 +133,9 @@ extern "C" __global__ void BOUNDS
       u32 phase = 1;  // the first round finds every stage empty
       Segment segment;
       for (int position = 0; segment_at(shape, position, segment); ++position) {
-        const Tile tile = tile_of(shape, segment.tile, rank);
+        const Tile tile = tile_of(shape, segment.tile, cluster_rank());
         for (int k = 4 * segment.first; k < 4 * segment.last; ++k) {
+          const u32 rank = cluster_rank();
           const u32 a = base + stage * STAGE_BYTES, b = a + A_BYTES + rank * (B_BYTES / CLUSTER), ready = full + 8 * stage;
           barrier_wait(empty + 8 * stage, phase);
           barrier_expect_bytes(ready, STAGE_BYTES);
@@ -152,38 +151,38 @@ extern "C" __global__ void BOUNDS
     const int row_inside = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
     const bool is_odd = q & 1;
     const bool arrives = threadIdx.x % 128 < CLUSTER;  // one thread for each block of the cluster
-    int stage = 0, previous = 0;
-    u32 phase = 0;
+    int stage = 0;
+    u32 turn = 0;  // twice the position in the sequence of segments, plus the phase: one register instead of two
     Segment segment;
-    for (int position = 0; segment_at(shape, position, segment); ++position) {
-      const Tile tile = tile_of(shape, segment.tile, rank);
-      const int row = tile.row + row_inside;
-      const bool low_inside = row < shape.tokens, high_inside = row + 8 < shape.tokens;
+    for (; segment_at(shape, turn / 2, segment); turn += 2) {
+      const Tile tile = tile_of(shape, segment.tile, cluster_rank());
+      // Rows beyond the last one repeat it; what is computed of them is not stored.
+      const int low = min(tile.row + row_inside, shape.tokens - 1), high = min(tile.row + row_inside + 8, shape.tokens - 1);
+      const int to_high = (high - low) * shape.metadata_stride;
+      int at = 32 * segment.first + 8 * q;  // of this thread in a row of metadata
+      u32 offset_codes = (u32)low * shape.metadata_stride + at;  // 32 bits: metadata stays below 4 GB
 
       float d[TILE_N / 2];
-      const u8* codes = metadata + (i64)row * shape.metadata_stride;
-      int at = 32 * segment.first + 8 * q;  // of this thread in a row of metadata
-      RawMetadata raw = load_metadata(codes + at, shape.metadata_stride, low_inside && at < shape.metadata_stride,
-                                      high_inside && at < shape.metadata_stride);
+      u32 accumulate = 0;
+      RawMetadata raw = load_metadata(metadata + offset_codes, to_high, at < shape.metadata_stride);
       Metadata next = distribute(raw, is_odd);
-      for (int group = segment.first; group < segment.last; ++group) {
+      for (int left = segment.last - segment.first; left > 0; --left) {
         const Metadata current = next;
-        at += 32;
-        raw = load_metadata(codes + at, shape.metadata_stride, low_inside && at < shape.metadata_stride,
-                            high_inside && at < shape.metadata_stride);
+        at += 32, offset_codes += 32;
+        raw = load_metadata(metadata + offset_codes, to_high, at < shape.metadata_stride);
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
           const u32 a = base + stage * STAGE_BYTES;
           const u64 a_tile = matrix_descriptor<64>(a + warpgroup * (64 * K)), b_tile = matrix_descriptor<128>(a + A_BYTES);
-          barrier_wait(full + 8 * stage, phase);
+          barrier_wait(full + 8 * stage, turn & 1);
           wgmma_fence();
 #pragma unroll
           for (int step = 0; step < 2; ++step) {
             const u32 codes_of_step = part & 1 ? current.odd[step] : current.even[step];
             const u64 a_step = a_tile + step * (32 >> 4), b_step = b_tile + step * (64 >> 4);
-            const u32 accumulate = group - segment.first + part + step > 0;
             if (part < 2) wgmma_sparse<0>(d, a_step, b_step, codes_of_step, accumulate);
             else wgmma_sparse<1>(d, a_step, b_step, codes_of_step, accumulate);
+            accumulate = 1;
           }
           wgmma_commit();
           if (part == 3) next = distribute(raw, is_odd);
@@ -191,14 +190,17 @@ extern "C" __global__ void BOUNDS
           // is done: wgmma reads them while it runs, and the compiler does not know.
           if (part == 3) wgmma_wait<0>();
           else if (part > 0) wgmma_wait<1>();
-          if (part > 0 && arrives) barrier_arrive(empty + 8 * previous, threadIdx.x % 128);
+          if (part > 0 && arrives) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), threadIdx.x % 128);
           if (part == 3 && arrives) barrier_arrive(empty + 8 * stage, threadIdx.x % 128);
-          previous = stage;
-          if (++stage == STAGES) stage = 0, phase ^= 1;
+          if (++stage == STAGES) stage = 0, turn ^= 1;
         }
       }
 
-      const u32 block_threads = 128 * WARPGROUPS;
+      // Found again rather than kept: the loop above has no registers to spare.
+      turn = launder(turn);
+      segment_at(shape, turn / 2, segment);
+      const Tile done = tile_of(shape, segment.tile, cluster_rank());
+      const int out_row = done.row + row_inside, block_threads = 128 * WARPGROUPS;
       if (segment.last < shape.groups) {
         float4* to = partial + (i64)blockIdx.x * (TILE_N / 8) * block_threads + threadIdx.x;
 #pragma unroll
@@ -212,7 +214,7 @@ extern "C" __global__ void BOUNDS
       for (int summed = segment.first; summed > 0;) {
         const int begin = piece_begin(shape, other);
         summed -= begin - piece_begin(shape, --other);
-        const int block = other * CLUSTER + rank;
+        const int block = other * CLUSTER + cluster_rank();
         const float4* from = partial + (i64)block * (TILE_N / 8) * block_threads + threadIdx.x;
         flag_wait(flags + block);
 #pragma unroll
@@ -224,9 +226,9 @@ extern "C" __global__ void BOUNDS
 
       // Thread q holds columns 2q, 2q + 1 of every eight, in rows g and g + 8. Neighbours swap, so that each writes four
       // columns at once and a row's 32 bytes go out together.
-      u16* line = out + (i64)row * shape.model_dim + tile.column + 8 * is_odd + 4 * (q / 2);
-      const u16* offset = bias + tile.column + 2 * q;
-      const int columns = shape.model_dim - tile.column;  // a multiple of 8
+      u16* line = out + (i64)out_row * shape.model_dim + done.column + 8 * is_odd + 4 * (q / 2);
+      const u16* offset = bias + done.column + 2 * q;
+      const int columns = shape.model_dim - done.column;  // a multiple of 8
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -240,7 +242,7 @@ extern "C" __global__ void BOUNDS
           }
           const u32 received = __shfl_xor_sync(0xFFFFFFFFu, is_odd ? pair[0] : pair[1], 1);
           const uint2 four = is_odd ? make_uint2(received, pair[1]) : make_uint2(pair[0], received);
-          if ((half ? high_inside : low_inside) && 8 * (j + is_odd) < columns) *(uint2*)(line + 8 * j) = four;
+          if (out_row + 8 * half < shape.tokens && 8 * (j + is_odd) < columns) *(uint2*)(line + 8 * j) = four;
         }
         line += 8 * (i64)shape.model_dim;
       }
