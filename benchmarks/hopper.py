@@ -1,0 +1,217 @@
+"""How fast are the Hopper kernels, against what a user can get today?
+
+    python benchmarks/hopper.py            the whole table, about 8 minutes on one H200
+    python benchmarks/hopper.py --quick    90 % zeros and the middle shape only, about 2 minutes
+
+Everything is timed in one process, in turn, on the same data, in bursts that are long enough to reach the power limit:
+``seconds`` of calls, a third of it again before each as warm-up, ``ROUNDS`` times. A figure is the median of the rounds.
+Clocks are as they come. A call reads and writes far more than L2 holds, so caches need no flushing; the few-token table says
+where that is not so. Zeros are natural: a bias shifts the first matmul's results. Writes ``benchmarks/results/<name>.json``.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from ao_act24.kernels import cuda, reference
+from torch import Tensor, nn
+
+import ao_act24
+
+ROUNDS = 5
+SHAPES = [(8192, 2048, 8192), (8192, 4096, 16384), (32768, 4096, 16384), (8192, 8192, 32768)]
+SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
+TOKENS = [1, 4, 16, 64, 256, 512, 1024, 2048, 3072, 4096, 6144]
+
+
+class FFN(nn.Module):
+    def __init__(self, model_dim: int, hidden_dim: int, zeros: int):
+        super().__init__()
+        self.up, self.down = (
+            nn.Linear(a, b, device="cuda") for a, b in ((model_dim, hidden_dim), (hidden_dim, model_dim))
+        )
+        nn.init.normal_(self.up.weight, std=model_dim**-0.5)
+        nn.init.normal_(self.down.weight, std=hidden_dim**-0.5)
+        nn.init.constant_(self.up.bias, SHIFTS[zeros])
+        self.bfloat16().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Energy:
+    """The GPU's own count of joules; it moves every 20 to 100 ms."""
+
+    def __init__(self) -> None:
+        self.nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        self.nvml.nvmlInit_v2()
+        self.device = ctypes.c_void_p()
+        self.nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self.device))
+
+    def joules(self) -> float:
+        millijoules = ctypes.c_ulonglong()
+        self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.device, ctypes.byref(millijoules))
+        return millijoules.value / 1000
+
+    def clock_mhz(self) -> int:
+        clock = ctypes.c_uint()
+        self.nvml.nvmlDeviceGetClockInfo(self.device, 1, ctypes.byref(clock))
+        return clock.value
+
+
+def measure(runs: dict[str, Callable[[], object]], seconds: float, energy: Energy) -> dict[str, dict[str, object]]:
+    """Each of ``runs`` in turn: median and all samples in ms a call, joules a call, SM clock while it ran."""
+    calls = {}
+    for name, run in runs.items():
+        for _ in range(3):
+            run()
+        calls[name] = max(3, int(seconds * 1000 / _burst(run, 5)))
+    samples: dict[str, list[tuple[float, float, int]]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            _burst(run, calls[name] // 3)
+            before = energy.joules()
+            ms = _burst(run, calls[name])
+            samples[name].append((ms, (energy.joules() - before) / calls[name], energy.clock_mhz()))
+    result: dict[str, dict[str, object]] = {}
+    for name, all_of in samples.items():
+        ms, joules, clocks = (list(column) for column in zip(*all_of))
+        result[name] = {
+            "ms": statistics.median(ms),
+            "samples_ms": ms,
+            "joules": statistics.median(joules),
+            "mhz": clocks,
+        }
+    return result
+
+
+def _burst(run: Callable[[], object], calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(max(calls, 1)):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / max(calls, 1)
+
+
+def compiled(ffn: FFN, x: Tensor, **how: object) -> Callable[[], Tensor]:
+    torch._dynamo.reset()
+    model = torch.compile(ffn, fullgraph=True, dynamic=False, **how)
+    model(x)
+    return lambda: model(x)
+
+
+def host_us(run: Callable[[], object], calls: int = 200) -> float:
+    """Host time of a call: how long it takes to hand it to the GPU."""
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        best = min(best, (time.perf_counter() - start) / calls * 1e6)
+    return best
+
+
+def shape_table(tokens: int, model_dim: int, hidden_dim: int, zeros: int, seconds: float, energy: Energy, tuned: bool):
+    """The kernels by themselves, and the whole FFN."""
+    ffn = FFN(model_dim, hidden_dim, zeros)
+    x = torch.randn(tokens, model_dim, device="cuda").bfloat16()
+    h = ffn.up(x)
+    y, w, b = F.relu(h).square(), ffn.down.weight, ffn.down.bias
+    packed, metadata = cuda.relu2_sparsify(h)
+    pruned, copy = reference.unpack(packed, metadata), torch.empty_like(h)
+    runs: dict[str, Callable[[], object]] = {
+        "matmul dense": lambda: F.linear(y, w, b),
+        "matmul 2:4": lambda: cuda.sparse_mm(packed, metadata, w, b),
+        "sparsify": lambda: cuda.relu2_sparsify(h),
+        "copy": lambda: copy.copy_(h),
+    }
+    try:
+        compressed = torch._cslt_compress(pruned)
+        algorithm = torch._cslt_sparse_mm_search(compressed, w.t())
+        runs["matmul cusparselt"] = lambda: torch._cslt_sparse_mm(compressed, w.t(), alg_id=algorithm)
+        runs["compress cusparselt"] = lambda: torch._cslt_compress(pruned)
+    except RuntimeError as error:
+        print("cuSPARSELt:", error)
+    with torch.no_grad():
+        table = measure(runs, seconds, energy)
+        del runs, pruned, copy, y
+        whole = {"ffn dense": compiled(ffn, x), "ffn 2:4": compiled(ffn, x, backend="ao_act24")}
+        if tuned:
+            whole["ffn dense tuned"] = compiled(ffn, x, mode="max-autotune-no-cudagraphs")
+        table |= measure(whole, 2 * seconds, energy)
+    bytes_read_and_written = {"sparsify": 3.125 * tokens * hidden_dim, "copy": 4 * tokens * hidden_dim}
+    for name, size in bytes_read_and_written.items():
+        table[name]["TB/s"] = size / table[name]["ms"] / 1e9
+    return table
+
+
+def few_tokens(model_dim: int, hidden_dim: int, seconds: float, energy: Energy) -> dict[str, object]:
+    """The FFN by number of tokens: what the rule chooses, and 2:4 always."""
+    ffn = FFN(model_dim, hidden_dim, 90)
+    always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
+    table: dict[str, object] = {}
+    with torch.no_grad():
+        for tokens in TOKENS:
+            x = torch.randn(tokens, model_dim, device="cuda").bfloat16()
+            runs = {"dense": compiled(ffn, x), "chosen": compiled(ffn, x, backend="ao_act24")}
+            runs["2:4"] = compiled(ffn, x, backend=always)
+            table[str(tokens)] = measure(runs, seconds, energy)
+            if tokens == 16:
+                table["host_us"] = {name: host_us(run) for name, run in runs.items()}
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    energy, seconds = Energy(), 0.15 if arguments.quick else 0.4
+    query = "name,driver_version,power.limit,clocks.max.sm"
+    gpu = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    result: dict[str, object] = {
+        "command": " ".join(sys.argv), "gpu": gpu.stdout.strip(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "commit": commit.stdout.strip(), "seconds": seconds, "rounds": ROUNDS,
+    }  # fmt: skip
+    for zeros in (90,) if arguments.quick else SHIFTS:
+        for tokens, model_dim, hidden_dim in SHAPES[:3] if arguments.quick or zeros != 90 else SHAPES:
+            table = shape_table(tokens, model_dim, hidden_dim, zeros, seconds, energy, tuned=zeros == 90)
+            result[f"{tokens}x{model_dim}x{hidden_dim} {zeros}% zeros"] = table
+            print(f"\nT x D x H = {tokens} x {model_dim} x {hidden_dim}, {zeros} % zeros")
+            for name, row in table.items():
+                print(
+                    f"  {name:20s} {row['ms']:9.4f} ms  {row['joules']:7.3f} J  {row.get('TB/s', 0):6.3f} TB/s",
+                    flush=True,
+                )
+    for model_dim, hidden_dim in [(4096, 16384)] if arguments.quick else [(2048, 8192), (4096, 16384)]:
+        table = few_tokens(model_dim, hidden_dim, seconds / 4, energy)
+        result[f"few tokens {model_dim}x{hidden_dim}"] = table
+        print(f"\nFFN {model_dim} x {hidden_dim} by tokens; host time {table.pop('host_us')} us")
+        for tokens, row in table.items():
+            print(
+                f"  {tokens:>6s}  " + "  ".join(f"{name} {timing['ms']:8.4f}" for name, timing in row.items()),
+                flush=True,
+            )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"hopper{'-quick' if arguments.quick else ''}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

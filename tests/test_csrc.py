@@ -1,0 +1,109 @@
+"""Every kernel compiles for sm_90a without a GPU, and is the machine code that it is meant to be."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from ao_act24.kernels import compile, cuda
+
+NVDISASM = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin/nvdisasm")
+MATMULS = {
+    f"{tile.warpgroups} warpgroups {dtype}": (tile, dtype)
+    for tile in (cuda.TALL, cuda.SHORT)
+    for dtype in cuda.ELEMENTS
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("AO_ACT24_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def instructions(code, tmp_path):
+    """The SASS of a cubin, an instruction or label a line, addresses and encodings dropped."""
+    nvdisasm = shutil.which("nvdisasm") or NVDISASM
+    (tmp_path / "kernel.cubin").write_bytes(code)
+    text = subprocess.run([nvdisasm, tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    lines = (re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;|(\.L_x_\d+:)", line) for line in text.splitlines())
+    return [line.group(1) or line.group(2) for line in lines if line]
+
+
+def reachable(sass, start):
+    """What may run from line ``start`` on."""
+    labels = {line: i for i, line in enumerate(sass) if line.endswith(":")}
+    seen, queue = set(), [start]
+    while queue:
+        i = queue.pop()
+        if i not in seen and i < len(sass):
+            seen.add(i)
+            jump = re.search(r"\b(?:BRA|BSSY B\d+,|CALL\S*|WARPSYNC\S* R\d+,) .*?(\.L_x_\d+)", sass[i])
+            queue += [labels[f"{jump.group(1)}:"]] if jump else []
+            queue += [] if re.match(r"(BRA|EXIT|BRX|RET)\b", sass[i]) and "!" not in sass[i][:4] else [i + 1]
+    return [sass[i] for i in sorted(seen)]
+
+
+def check_local_memory(sass):
+    assert sass and not [line for line in sass if re.search(r"\b(LDL|STL)\b", line)], "no spills, no local memory"
+
+
+@pytest.mark.parametrize("dtype", cuda.ELEMENTS)
+def test_packing(dtype, tmp_path):
+    sass = instructions(compile.cubin("relu2_sparsify", {"ELEMENT": cuda.ELEMENTS[dtype]}), tmp_path)
+    check_local_memory(sass)
+    assert any("LDG.E.EF.128" in line for line in sass) and any("STG.E.128" in line for line in sass)
+
+
+@pytest.mark.parametrize("name", MATMULS)
+def test_matmul(name, tmp_path):
+    tile, dtype = MATMULS[name]
+    sass = instructions(compile.cubin("sparse_mm", tile.defines(dtype)), tmp_path)
+    check_local_memory(sass)
+    element = {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
+    shape = f"HGMMA.SP.64x{tile.columns}x32.F32{element}"
+    assert sum(f"{shape} " in line for line in sass) == 8, "four stages of two steps, unrolled"
+    # ptxas would wait for each product by itself where it cannot keep them apart (C7510)
+    assert sum("DEPBAR.LE gsb0, 0x0" in line for line in sass) == 1
+    # an acquire or release of cluster scope flushes caches at every stage
+    products = [i for i, line in enumerate(sass) if "HGMMA" in line]
+    assert not [line for line in sass[products[0] : products[-1]] if re.search("CCTL|MEMBAR|ERRBAR", line)]
+
+
+@pytest.mark.parametrize("name", MATMULS)
+def test_metadata_is_not_overwritten_while_it_is_read(name, tmp_path):
+    """wgmma reads its metadata registers while it runs; ptxas does not know, so the source waits in time."""
+    tile, dtype = MATMULS[name]
+    sass = instructions(compile.cubin("sparse_mm", tile.defines(dtype)), tmp_path)
+    read, seen = set(), 0
+    for line in sass:
+        if product := re.search(r"HGMMA\.SP\S* R\d+, gdesc\[\w+\], R\d+, (?:!?UP\w+, )?(R\d+), 0x[01]", line):
+            read.add(product.group(1))
+            seen += 1
+        elif "DEPBAR.LE gsb0, 0x0" in line:
+            read.clear()
+        written = re.match(r"(?:@!?U?P\w+ )?(?!ST|RED|SYNCS)\S+ (?:U?P\w+, )*(R\d+)", line)
+        assert "HGMMA" in line or not written or written.group(1) not in read, line
+    assert seen == 8 and not read
+
+
+@pytest.mark.parametrize("name", [name for name in MATMULS if name.startswith("3")])
+def test_a_block_of_three_consumers_fits(name, tmp_path):
+    """It is launched with 128 registers a thread; what its parts take later adds up to what a multiprocessor has."""
+    tile, dtype = MATMULS[name]
+    code = compile.starting_with(compile.cubin("sparse_mm", tile.defines(dtype)), 128)
+    sass = instructions(code, tmp_path)
+    (take,), (give,) = (
+        [i for i, line in enumerate(sass) if what in line] for what in ("USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC")
+    )
+    taken, kept = (int(sass[i].split()[-1], 16) for i in (take, give))
+    assert 128 * (3 * taken + kept) <= 65536 == 128 * tile.threads
+    for part, registers in ((sass[:take], 128), (reachable(sass, take), taken), (reachable(sass, give), kept)):
+        assert len(part) > 50
+        assert max(int(register) for line in part for register in re.findall(r"\bR(\d+)\b", line)) < registers
+    with pytest.raises(RuntimeError, match="must hold one register count, got 0"):
+        compile.starting_with(b"no cubin", 128)

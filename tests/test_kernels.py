@@ -1,0 +1,259 @@
+"""On a Hopper GPU: the kernels against the reference: bits where they pack, an error budget where they multiply.
+
+python -m pytest tests/test_kernels.py
+"""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ao_act24.kernels import cuda, reference, when
+from torch import nn
+
+import ao_act24
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+DTYPES = list(cuda.ELEMENTS)
+
+
+def random(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def check_packing(h):
+    """Bit by bit, but that a NaN is any NaN."""
+    got, want = cuda.relu2_sparsify(h), reference.relu2_sparsify(h)
+    assert [t.shape for t in got] == [t.shape for t in want]
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[0].isnan(), want[0].isnan())
+    bits = [t.masked_fill(t.isnan(), 0).view(torch.int16) for t in (got[0], want[0])]
+    assert torch.equal(*bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 63, 64, 65, 127, 1000])
+@pytest.mark.parametrize("hidden_dim", [4, 12, 16, 48, 64, 100, 1024, 4100])
+def test_packing_of_any_shape(tokens, hidden_dim, dtype):
+    check_packing(random(tokens, hidden_dim, dtype=dtype))
+    check_packing(random(2, tokens, hidden_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_of_every_value(dtype):
+    every = torch.arange(-32768, 32768, device="cuda").to(torch.int16).view(dtype)
+    for others in (-1.0, 0.0, 1.0, float("nan"), float("inf"), -0.0):
+        rest = torch.full_like(every, others)
+        for position in range(4):
+            group = [rest] * 4
+            group[position] = every
+            check_packing(torch.stack(group, -1).reshape(-1, 16))
+    few = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, float("nan"), -float("nan"), float("inf"), 6e-8], device="cuda").to(
+        dtype
+    )
+    check_packing(torch.cartesian_prod(few, few, few, few).reshape(-1, 4))
+    check_packing(torch.cartesian_prod(few, few, few, few).repeat(16, 1).reshape(-1, 64))
+
+
+def test_packing_of_strided_rows():
+    wide = random(70, 3, 512)
+    for h in (
+        wide[:, 1],
+        wide[::3, 0, :256],
+        wide[:, :, 4:260],
+        wide[:, :, 1:17],
+        wide.transpose(0, 1),
+        wide[:, 0, ::2],
+    ):
+        check_packing(h)
+    check_packing(random(1, 64).expand(5, 64))
+
+
+def test_more_elements_than_32_bits_count():
+    h = random(1, 1 << 16).expand((1 << 15) + 8, 1 << 16).contiguous()
+    h[-1, -16:] = random(16)
+    packed, metadata = cuda.relu2_sparsify(h)
+    want, codes = reference.relu2_sparsify(h[-1:])
+    assert torch.equal(packed[-1:], want) and torch.equal(metadata[-1:], codes)
+    assert torch.equal(packed[12345], packed[0]) and torch.equal(metadata[12345], metadata[0])
+    weight = random(8, 1 << 16) / 256
+    out = cuda.sparse_mm(packed, metadata, weight)
+    assert torch.equal(out[:-1], out[:1].expand(out.shape[0] - 1, -1))
+    del h
+    torch.testing.assert_close(out[-1:], cuda.sparse_mm(packed[-1:], metadata[-1:], weight), rtol=1e-2, atol=1e-3)
+
+
+def check_matmul(tokens, model_dim, hidden_dim, dtype=torch.bfloat16, bias=True):
+    packed, metadata = reference.relu2_sparsify(random(tokens, hidden_dim, dtype=dtype))
+    weight = random(model_dim, hidden_dim, dtype=dtype) / hidden_dim**0.5
+    offset = random(model_dim, dtype=dtype) if bias else None
+    got = cuda.sparse_mm(packed, metadata, weight, offset)
+    dense = reference.unpack(packed, metadata)
+    exact = F.linear(dense.double(), weight.double(), None if offset is None else offset.double())
+    errors = [(out.double() - exact).norm() for out in (got, F.linear(dense, weight, offset))]
+    assert got.shape == (tokens, model_dim) and errors[0] <= 1.02 * errors[1]
+    worst = [(out.double() - exact).abs().max() for out in (got, F.linear(dense, weight, offset))]
+    assert worst[0] <= 2 * worst[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 191, 193, 383, 385, 1000, 8191])
+@pytest.mark.parametrize(("model_dim", "hidden_dim"), [(8, 64), (264, 192), (520, 1088), (2056, 704), (4096, 256)])
+def test_matmul(tokens, model_dim, hidden_dim):
+    check_matmul(tokens, model_dim, hidden_dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [256, 384])
+def test_matmul_dtypes_and_bias(tokens, bias, dtype):
+    check_matmul(tokens, 512, 512, dtype, bias)
+
+
+@pytest.mark.parametrize(("model_dim", "hidden_dim"), [(7, 64), (64, 68), (12, 12), (0, 64)])
+def test_sizes_that_the_kernel_does_not_take(model_dim, hidden_dim):
+    check_matmul(65, model_dim, hidden_dim)
+    assert cuda.sparse_mm(*cuda.relu2_sparsify(random(0, hidden_dim)), random(model_dim, hidden_dim)).shape == (
+        0,
+        model_dim,
+    )
+
+
+def test_operands_that_are_not_contiguous():
+    packed, metadata = cuda.relu2_sparsify(random(400, 512))
+    weight, bias = random(512, 256), random(257)
+    want = cuda.sparse_mm(packed, metadata, weight.t().contiguous(), bias[1:].clone())
+    assert torch.equal(cuda.sparse_mm(packed, metadata, weight.t(), bias[1:]), want)
+    shifted = torch.cat([packed.new_zeros(1), packed.flatten()])[1:].view_as(packed)
+    assert torch.equal(cuda.sparse_mm(shifted, metadata, weight.t(), bias[1:]), want)
+
+
+def test_every_output_is_written_and_nothing_else(monkeypatch):
+    """Outputs and scratch memory come poisoned, with a guard behind them."""
+    guards = []
+
+    def poisoned(self, *size, dtype=None, **_):
+        shape = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
+        count, dtype = torch.Size(shape).numel(), dtype or self.dtype
+        value = 0x5A if dtype == torch.uint8 else float("nan")
+        buffer = torch.full((count + 64,), value, dtype=dtype, device=self.device)
+        guards.append(buffer[count:])
+        return buffer[:count].view(shape)
+
+    packed, metadata = reference.relu2_sparsify(random(8190, 512))
+    weight = random(2048, 512)
+    want = cuda.sparse_mm(packed, metadata, weight)
+    h = random(999, 1000)
+    codes = reference.relu2_sparsify(h)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
+    assert all(torch.equal(*pair) for pair in zip(cuda.relu2_sparsify(h), codes))
+    assert len(guards) == 4
+    assert all(bool((g.isnan() if g.is_floating_point() else g == 0x5A).all()) for g in guards)
+
+
+def test_nan_and_infinity_stay_in_their_rows():
+    h = random(300, 512)
+    h[5, 7], h[9, 100] = float("nan"), float("inf")
+    out = cuda.sparse_mm(*cuda.relu2_sparsify(h), random(264, 512).abs())
+    assert out[5].isnan().all() and (out[9] == float("inf")).all()
+    rest = [row for row in range(300) if row not in (5, 9)]
+    assert out[rest].isfinite().all()
+
+
+def test_the_same_bits_every_time():
+    packed, metadata = cuda.relu2_sparsify(random(5000, 2048))
+    weight = random(2048, 2048)
+    assert cuda._plan(5000, 2048, 2048, torch.bfloat16, 0).shape.streamed, "tiles are cut: the harder case"
+    want = cuda.sparse_mm(packed, metadata, weight)
+    for _ in range(100):
+        assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
+
+
+def test_side_streams_and_threads():
+    operands = [(*cuda.relu2_sparsify(random(3000, 1024)), random(1024, 1024)) for _ in range(4)]
+    want = [cuda.sparse_mm(*operand) for operand in operands]
+    torch.cuda.synchronize()
+    got = [[] for _ in operands]
+
+    def run(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                got[number].append(cuda.sparse_mm(*operands[number]))
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(operands))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(results) == 20 and all(torch.equal(out, w) for out in results) for results, w in zip(got, want))
+
+
+def test_cuda_graph():
+    h, weight = random(3000, 1024), random(1024, 1024)
+
+    def run():
+        return cuda.sparse_mm(*cuda.relu2_sparsify(h), weight)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for _ in range(3):
+        h.copy_(random(3000, 1024))
+        graph.replay()
+        assert torch.equal(out, run())
+
+
+def test_memory_is_returned():
+    packed, metadata = cuda.relu2_sparsify(random(5000, 2048))
+    weight = random(2048, 2048)
+    cuda.sparse_mm(packed, metadata, weight)
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        cuda.sparse_mm(packed, metadata, weight)
+    assert torch.cuda.memory_allocated() == before
+
+
+class MLP(nn.Module):
+    def __init__(self, dim=when.MIN_MODEL_DIM, hidden=when.MIN_HIDDEN_DIM):
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+def outputs(mlp, x):
+    """In 2:4, from the reference, and dense."""
+    h = mlp.up(x)
+    return reference.sparse_mm(*reference.relu2_sparsify(h), mlp.down.weight, mlp.down.bias), mlp(x)
+
+
+@pytest.mark.parametrize("way", ["backend", "sparsify_", "both"])
+def test_a_model_uses_them_where_they_pay(way, monkeypatch):
+    mlp = MLP().cuda().bfloat16()
+    eager = MLP().cuda().bfloat16()
+    eager.load_state_dict(mlp.state_dict())
+    run = mlp
+    if way != "backend":
+        ao_act24.sparsify_(mlp)
+    if way != "sparsify_":
+        run = torch.compile(mlp, backend="ao_act24" if way == "backend" else "inductor", fullgraph=True)
+    many, few = (random(tokens, when.MIN_MODEL_DIM) for tokens in (when.MIN_TOKENS, when.MIN_TOKENS - 1))
+    with torch.no_grad():
+        sparse, dense = outputs(eager, many)
+        got = run(many)
+        assert (got - sparse).norm() < 0.2 * (dense - sparse).norm()
+        torch.testing.assert_close(run(few), eager(few), rtol=2e-2, atol=2e-2)
+    out = run(many)  # there are no kernels for the backward yet: training stays dense
+    torch.testing.assert_close(out, eager(many), rtol=2e-2, atol=2e-2)
+    out.sum().backward()
+    if way == "backend":
+        (verdict,) = ao_act24.explain(eager, many)
+        assert "training stays dense" in verdict.reason
+        with torch.no_grad():
+            assert ao_act24.explain(eager, many).rewritten
+            (verdict,) = ao_act24.explain(eager, few)
+        assert f"from {when.MIN_TOKENS} tokens on" in verdict.reason
