@@ -1,12 +1,12 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py            the whole table, about 8 minutes on one H200
-    python benchmarks/hopper.py --quick    90 % zeros and the middle shape only, about 2 minutes
+    python benchmarks/hopper.py            the whole table
+    python benchmarks/hopper.py --quick    90 % zeros, three shapes, default torch.compile only: about 2 minutes
 
 Everything is timed in one process, in turn, on the same data, in bursts that are long enough to reach the power limit:
-``seconds`` of calls, a third of it again before each as warm-up, ``ROUNDS`` times. A figure is the median of the rounds.
-Clocks are as they come. A call reads and writes far more than L2 holds, so caches need no flushing; the few-token table says
-where that is not so. Zeros are natural: a bias shifts the first matmul's results. Writes ``benchmarks/results/<name>.json``.
+``seconds`` of calls, a third of it again before each as warm-up, ``ROUNDS`` times. A figure is the median of the
+rounds. Clocks are as they come. A call reads and writes more than L2 holds, but for the smallest token counts. Zeros
+are natural: a bias shifts the first matmul's results. Writes ``benchmarks/results/hopper.json``, or ``hopper-quick``.
 """
 
 import argparse
@@ -123,11 +123,8 @@ def host_us(run: Callable[[], object], calls: int = 200) -> float:
     return best
 
 
-def shape_table(tokens: int, model_dim: int, hidden_dim: int, zeros: int, seconds: float, energy: Energy, tuned: bool):
-    """The kernels by themselves, and the whole FFN."""
-    ffn = FFN(model_dim, hidden_dim, zeros)
-    x = torch.randn(tokens, model_dim, device="cuda").bfloat16()
-    h = ffn.up(x)
+def kernels(ffn: FFN, h: Tensor, seconds: float, energy: Energy) -> dict[str, dict[str, object]]:
+    """Packing against a copy; the second matmul against cuBLAS and cuSPARSELt."""
     y, w, b = F.relu(h).square(), ffn.down.weight, ffn.down.bias
     packed, metadata = cuda.relu2_sparsify(h)
     pruned, copy = reference.unpack(packed, metadata), torch.empty_like(h)
@@ -144,17 +141,17 @@ def shape_table(tokens: int, model_dim: int, hidden_dim: int, zeros: int, second
         runs["compress cusparselt"] = lambda: torch._cslt_compress(pruned)
     except RuntimeError as error:
         print("cuSPARSELt:", error)
-    with torch.no_grad():
-        table = measure(runs, seconds, energy)
-        del runs, pruned, copy, y
-        whole = {"ffn dense": compiled(ffn, x), "ffn 2:4": compiled(ffn, x, backend="ao_act24")}
-        if tuned:
-            whole["ffn dense tuned"] = compiled(ffn, x, mode="max-autotune-no-cudagraphs")
-        table |= measure(whole, 2 * seconds, energy)
-    bytes_read_and_written = {"sparsify": 3.125 * tokens * hidden_dim, "copy": 4 * tokens * hidden_dim}
-    for name, size in bytes_read_and_written.items():
-        table[name]["TB/s"] = size / table[name]["ms"] / 1e9
+    table = measure(runs, seconds, energy)
+    for name, size in (("sparsify", 3.125), ("copy", 4.0)):
+        table[name]["TB/s"] = size * h.numel() / table[name]["ms"] / 1e9  # type: ignore[operator]
     return table
+
+
+def whole_ffn(ffn: FFN, x: Tensor, seconds: float, energy: Energy, tuned: bool) -> dict[str, dict[str, object]]:
+    runs = {"ffn dense": compiled(ffn, x), "ffn 2:4": compiled(ffn, x, backend="ao_act24")}
+    if tuned:
+        runs["ffn dense tuned"] = compiled(ffn, x, mode="max-autotune-no-cudagraphs")
+    return measure(runs, seconds, energy)
 
 
 def few_tokens(model_dim: int, hidden_dim: int, seconds: float, energy: Energy) -> dict[str, object]:
@@ -162,15 +159,19 @@ def few_tokens(model_dim: int, hidden_dim: int, seconds: float, energy: Energy) 
     ffn = FFN(model_dim, hidden_dim, 90)
     always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
     table: dict[str, object] = {}
-    with torch.no_grad():
-        for tokens in TOKENS:
-            x = torch.randn(tokens, model_dim, device="cuda").bfloat16()
-            runs = {"dense": compiled(ffn, x), "chosen": compiled(ffn, x, backend="ao_act24")}
-            runs["2:4"] = compiled(ffn, x, backend=always)
-            table[str(tokens)] = measure(runs, seconds, energy)
-            if tokens == 16:
-                table["host_us"] = {name: host_us(run) for name, run in runs.items()}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, model_dim, device="cuda").bfloat16()
+        runs = {"dense": compiled(ffn, x), "chosen": compiled(ffn, x, backend="ao_act24")}
+        runs["2:4"] = compiled(ffn, x, backend=always)
+        table[str(tokens)] = measure(runs, seconds, energy)
+        if tokens == 16:
+            table["host_us"] = {name: host_us(run) for name, run in runs.items()}
     return table
+
+
+def output(*command: str) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return run.stdout.strip()
 
 
 def main() -> None:
@@ -185,19 +186,25 @@ def main() -> None:
     )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     result: dict[str, object] = {
-        "command": " ".join(sys.argv), "gpu": gpu.stdout.strip(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "commit": commit.stdout.strip(), "seconds": seconds, "rounds": ROUNDS,
-    }  # fmt: skip
+        "command": " ".join(sys.argv),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": output("git", "rev-parse", "HEAD"),
+        "seconds": seconds,
+        "rounds": ROUNDS,
+    }
+    torch.set_grad_enabled(False)
     for zeros in (90,) if arguments.quick else SHIFTS:
         for tokens, model_dim, hidden_dim in SHAPES[:3] if arguments.quick or zeros != 90 else SHAPES:
-            table = shape_table(tokens, model_dim, hidden_dim, zeros, seconds, energy, tuned=zeros == 90)
+            ffn, x = FFN(model_dim, hidden_dim, zeros), torch.randn(tokens, model_dim, device="cuda").bfloat16()
+            table = kernels(ffn, ffn.up(x), seconds, energy)
+            table |= whole_ffn(ffn, x, 2 * seconds, energy, tuned=zeros == 90 and not arguments.quick)
             result[f"{tokens}x{model_dim}x{hidden_dim} {zeros}% zeros"] = table
             print(f"\nT x D x H = {tokens} x {model_dim} x {hidden_dim}, {zeros} % zeros")
             for name, row in table.items():
-                print(
-                    f"  {name:20s} {row['ms']:9.4f} ms  {row['joules']:7.3f} J  {row.get('TB/s', 0):6.3f} TB/s",
-                    flush=True,
-                )
+                speed = f"{row['TB/s']:.3f} TB/s" if "TB/s" in row else ""
+                print(f"  {name:20s} {row['ms']:9.4f} ms  {row['joules']:7.3f} J  {speed}", flush=True)
     for model_dim, hidden_dim in [(4096, 16384)] if arguments.quick else [(2048, 8192), (4096, 16384)]:
         table = few_tokens(model_dim, hidden_dim, seconds / 4, energy)
         result[f"few tokens {model_dim}x{hidden_dim}"] = table
