@@ -181,10 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     energy, seconds = Energy(), 0.15 if arguments.quick else 0.4
     query = "name,driver_version,power.limit,clocks.max.sm"
-    gpu = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    gpu = output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
     result: dict[str, object] = {
         "command": " ".join(sys.argv),
         "gpu": gpu,

@@ -93,8 +93,9 @@ def check_matmul(tokens, model_dim, hidden_dim, dtype=torch.bfloat16, bias=True)
     exact = F.linear(dense.double(), weight.double(), None if offset is None else offset.double())
     errors = [(out.double() - exact).norm() for out in (got, F.linear(dense, weight, offset))]
     assert got.shape == (tokens, model_dim) and errors[0] <= 1.02 * errors[1]
-    worst = [(out.double() - exact).abs().max() for out in (got, F.linear(dense, weight, offset))]
-    assert worst[0] <= 2 * worst[1]
+    if got.numel():
+        worst = [(out.double() - exact).abs().max() for out in (got, F.linear(dense, weight, offset))]
+        assert worst[0] <= 2 * worst[1]
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 191, 193, 383, 385, 1000, 8191])
