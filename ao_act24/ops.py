@@ -100,6 +100,24 @@ def _check_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Ten
         _same("bias", bias, "packed", packed)
 
 
+def _plain_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    *tokens, half = packed.shape
+    return (
+        weight.dim() == 2
+        and weight.shape[1] == 2 * half
+        and half % 2 == 0
+        and metadata.shape == (*tokens, layout.metadata_bytes(2 * half))
+        and metadata.dtype == torch.uint8
+        and packed.dtype == weight.dtype
+        and packed.dtype in cuda.ELEMENTS
+        and packed.device == weight.device == metadata.device
+        and (
+            bias is None
+            or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.device == weight.device)
+        )
+    )
+
+
 def _check_sampled_mm(grad: Tensor, weight: Tensor, metadata: Tensor) -> None:
     _floating("grad", grad)
     _check_weight(weight, 0, grad.shape[-1], "grad")
@@ -122,10 +140,13 @@ def _define(
     implementation: Callable[..., object],
     fake: Callable[..., object],
     kernel: Callable[..., object] | None = None,
+    plainly_right: Callable[..., bool] | None = None,
 ) -> None:
     """Register one operator; all implementations, and the fake, check their arguments first.
 
-    ``kernel`` runs instead of ``implementation`` where ``cuda.why_not`` has nothing against it.
+    ``kernel`` runs instead of ``implementation`` where ``cuda.why_not`` has nothing against it. Before it, ``check`` is
+    asked only if the arguments are not ``plainly_right``: it has words for everything that can be wrong, and takes
+    longer than a kernel takes to launch.
     """
 
     def checked(run: Callable[..., object]) -> Callable[..., object]:
@@ -140,10 +161,12 @@ def _define(
     if kernel is not None:
 
         def fastest(first: Tensor, *others: object) -> object:
+            if plainly_right is None or not plainly_right(first, *others):
+                check(first, *others)
             run = implementation if cuda.why_not(first.device, first.dtype) else kernel
             return run(first, *others)
 
-        _lib.impl(name, checked(fastest), "CUDA")
+        _lib.impl(name, fastest, "CUDA")
     torch.library.register_fake(f"ao_act24::{name}", checked(fake), lib=_lib)
 
 
@@ -153,6 +176,7 @@ _define(
     reference.relu2_sparsify,
     _fake_pack,
     cuda.relu2_sparsify,
+    lambda h: h.dtype in cuda.ELEMENTS and h.dim() > 0 and h.shape[-1] % 4 == 0,
 )
 _define(
     "sparsify(Tensor dense) -> (Tensor packed, Tensor metadata)",
@@ -178,6 +202,7 @@ _define(
     reference.sparse_mm,
     lambda packed, metadata, weight, bias=None: packed.new_empty((*packed.shape[:-1], weight.shape[0])),
     cuda.sparse_mm,
+    _plain_sparse_mm,
 )
 _define(
     "sampled_mm(Tensor grad, Tensor weight, Tensor metadata) -> Tensor",

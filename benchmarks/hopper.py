@@ -29,7 +29,8 @@ import ao_act24
 ROUNDS = 5
 SHAPES = [(8192, 2048, 8192), (8192, 4096, 16384), (32768, 4096, 16384), (8192, 8192, 32768)]
 SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
-TOKENS = [1, 4, 16, 64, 256, 512, 1024, 2048, 3072, 4096, 6144]
+FEW = [(2048, 8192), (1024, 4096), (4096, 16384), (8192, 32768)]
+TOKENS = [1, 16, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192]
 
 
 class FFN(nn.Module):
@@ -202,7 +203,7 @@ def main() -> None:
             for name, row in table.items():
                 speed = f"{row['TB/s']:.3f} TB/s" if "TB/s" in row else ""
                 print(f"  {name:20s} {row['ms']:9.4f} ms  {row['joules']:7.3f} J  {speed}", flush=True)
-    for model_dim, hidden_dim in [(4096, 16384)] if arguments.quick else [(2048, 8192), (4096, 16384)]:
+    for model_dim, hidden_dim in FEW[:1] if arguments.quick else FEW:
         table = few_tokens(model_dim, hidden_dim, seconds / 4, energy)
         result[f"few tokens {model_dim}x{hidden_dim}"] = table
         print(f"\nFFN {model_dim} x {hidden_dim} by tokens; host time {table.pop('host_us')} us")

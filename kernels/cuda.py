@@ -58,8 +58,7 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
     blocks = -(-hidden_dim // (_THREADS * (16 if vectors else 8)))
     kernel = _packing_kernel(entry, h.dtype, h.device.index)
     arguments = (rows.data_ptr(), stride, packed.data_ptr(), metadata.data_ptr(), count, hidden_dim)
-    with torch.cuda.device(h.device):
-        _launch(kernel, (blocks, min(count, 65535)), _THREADS, 0, 1, [ctypes.c_int64(a) for a in arguments])
+    _launch(h.device.index, kernel, (blocks, min(count, 65535)), _THREADS, 0, 1, [ctypes.c_int64(a) for a in arguments])
     return packed, metadata
 
 
@@ -75,19 +74,22 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
         return torch.nn.functional.linear(reference.unpack(packed, metadata), weight, bias)
     packed, metadata, weight = map(_aligned, (packed, metadata, weight))
     bias = None if bias is None else _aligned(bias)
-    with torch.cuda.device(packed.device):
-        plan = _plan(tokens, model_dim, hidden_dim, packed.dtype, packed.device.index)
-        tile = plan.tile
+    plan = _plan(tokens, model_dim, hidden_dim, packed.dtype, packed.device.index)
+    tile = plan.tile
+    pointers = [metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), 0, 0]
+    if plan.partial_floats:
         partial = packed.new_empty(plan.partial_floats, dtype=torch.float32)
-        flags = packed.new_zeros(plan.blocks if plan.partial_floats else 0, dtype=torch.int32)
-        pointers = [metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()]
-        arguments = [
-            _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, 64 * tile.warpgroups, 32),
-            _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, tile.columns // tile.cluster, 64),
-            *(ctypes.c_int64(pointer) for pointer in (*pointers, partial.data_ptr(), flags.data_ptr())),
-            plan.shape,
-        ]
-        _launch(plan.kernel, (plan.blocks, 1), tile.threads, tile.shared_bytes, tile.cluster, arguments)
+        flags = packed.new_zeros(plan.blocks, dtype=torch.int32)
+        pointers[3:] = partial.data_ptr(), flags.data_ptr()
+    arguments = [
+        _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, 64 * tile.warpgroups, 32),
+        _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, tile.columns // tile.cluster, 64),
+        *map(ctypes.c_int64, pointers),
+        plan.shape,
+    ]
+    _launch(
+        packed.device.index, plan.kernel, (plan.blocks, 1), tile.threads, tile.shared_bytes, tile.cluster, arguments
+    )
     return out
 
 
@@ -216,6 +218,7 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+@functools.cache
 def _driver() -> Any:
     from cuda.bindings import driver
 
@@ -229,10 +232,19 @@ def _checked(call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, cluster: int, arguments: list[Any]
+    index: int,
+    kernel: Any,
+    grid: tuple[int, int],
+    threads: int,
+    shared_bytes: int,
+    cluster: int,
+    arguments: list[Any],
 ) -> None:
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return _launch(index, kernel, grid, threads, shared_bytes, cluster, arguments)
     addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    config = _config(grid, threads, shared_bytes, cluster, torch.cuda.current_stream().cuda_stream)
+    config = _config(grid, threads, shared_bytes, cluster, torch._C._cuda_getCurrentRawStream(index))
     _checked("cuLaunchKernelEx", _driver().cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
 
 
