@@ -218,7 +218,7 @@ def test_memory_is_returned():
 
 
 class MLP(nn.Module):
-    def __init__(self, dim=when.MIN_MODEL_DIM, hidden=when.MIN_HIDDEN_DIM):
+    def __init__(self, dim=2048, hidden=8192):
         super().__init__()
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
@@ -242,7 +242,8 @@ def test_a_model_uses_them_where_they_pay(way, monkeypatch):
         ao_act24.sparsify_(mlp)
     if way != "sparsify_":
         run = torch.compile(mlp, backend="ao_act24" if way == "backend" else "inductor", fullgraph=True)
-    many, few = (random(tokens, when.MIN_MODEL_DIM) for tokens in (when.MIN_TOKENS, when.MIN_TOKENS - 1))
+    least = when.MIN_PRODUCT // (2048 * 8192)
+    many, few = random(least, 2048), random(least - 1, 2048)
     with torch.no_grad():
         sparse, dense = outputs(eager, many)
         got = run(many)
@@ -257,4 +258,4 @@ def test_a_model_uses_them_where_they_pay(way, monkeypatch):
         with torch.no_grad():
             assert ao_act24.explain(eager, many).rewritten
             (verdict,) = ao_act24.explain(eager, few)
-        assert f"from {when.MIN_TOKENS} tokens on" in verdict.reason
+        assert f"from {least} tokens on" in verdict.reason
