@@ -232,6 +232,7 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
         weight = attribute(module, path)
         training = torch.is_grad_enabled() and (weight.requires_grad or inputs[0].requires_grad)
         dtype = _dtype(device, weight)
-        if reason := why_dense(device, dtype, tokens, *weight.shape, training, generated.config):
+        model_dim, hidden_dim = weight.shape
+        if reason := why_dense(device, dtype, tokens, model_dim, hidden_dim, training, generated.config):
             return reason
     return ""
