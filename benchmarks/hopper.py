@@ -25,6 +25,7 @@ from ao_act24.kernels import cuda, reference
 from torch import Tensor, nn
 
 import ao_act24
+from ao_act24.fingerprint import source_digest
 
 ROUNDS = 5
 SHAPES = [(8192, 2048, 8192), (8192, 4096, 16384), (32768, 4096, 16384), (8192, 8192, 32768)]
@@ -189,6 +190,7 @@ def main() -> None:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": output("git", "rev-parse", "HEAD"),
+        "sources": source_digest(),
         "seconds": seconds,
         "rounds": ROUNDS,
     }
