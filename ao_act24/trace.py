@@ -8,6 +8,7 @@ enters or asks for grad mode or autocast is not traced.
 
 import copy
 import dis
+import gc
 import inspect
 import operator
 import os
@@ -106,12 +107,15 @@ class _Tracer(Tracer):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        states, previous = _random_states(), sys.gettrace()
+        states, previous, collecting = _random_states(), sys.gettrace(), gc.isenabled()
+        gc.disable()  # what a collection calls is not the module's doing
         sys.settrace(self._watch)
         try:
             yield
         finally:
             sys.settrace(previous)
+            if collecting:
+                gc.enable()
             if pickle.dumps(_random_states()) != pickle.dumps(states):
                 self.faithful = False
                 random.setstate(states[0])

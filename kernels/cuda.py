@@ -7,6 +7,7 @@ current stream, allocate with torch's allocator, never wait for the GPU, and can
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,8 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
     entry = "relu2_sparsify" if vectors else "relu2_sparsify_any"
     blocks = -(-hidden_dim // (_THREADS * (16 if vectors else 8)))
     kernel = _packing_kernel(entry, h.dtype, h.device.index)
-    arguments = (rows.data_ptr(), stride, packed.data_ptr(), metadata.data_ptr(), count, hidden_dim)
-    _launch(h.device.index, kernel, (blocks, min(count, 65535)), _THREADS, 0, 1, [ctypes.c_int64(a) for a in arguments])
+    values = (ctypes.c_int64 * 6)(rows.data_ptr(), stride, packed.data_ptr(), metadata.data_ptr(), count, hidden_dim)
+    _launch(h.device.index, kernel, (blocks, min(count, 65535)), _THREADS, 0, _addresses(values))
     return packed, metadata
 
 
@@ -76,20 +77,15 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
     bias = None if bias is None else _aligned(bias)
     plan = _plan(tokens, model_dim, hidden_dim, packed.dtype, packed.device.index)
     tile = plan.tile
-    pointers = [metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), 0, 0]
+    pointers = (ctypes.c_int64 * 5)(metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
     if plan.partial_floats:
         partial = packed.new_empty(plan.partial_floats, dtype=torch.float32)
         flags = packed.new_zeros(plan.blocks, dtype=torch.int32)
-        pointers[3:] = partial.data_ptr(), flags.data_ptr()
-    arguments = [
-        _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, 64 * tile.warpgroups, 32),
-        _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, tile.columns // tile.cluster, 64),
-        *map(ctypes.c_int64, pointers),
-        plan.shape,
-    ]
-    _launch(
-        packed.device.index, plan.kernel, (plan.blocks, 1), tile.threads, tile.shared_bytes, tile.cluster, arguments
-    )
+        pointers[3], pointers[4] = partial.data_ptr(), flags.data_ptr()
+    packed_map = _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, 64 * tile.warpgroups, 32)
+    weight_map = _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, tile.columns // tile.cluster, 64)
+    arguments = (*map(ctypes.addressof, (packed_map, weight_map)), *_addresses(pointers), ctypes.addressof(plan.shape))
+    _launch(packed.device.index, plan.kernel, (plan.blocks, 1), tile.threads, tile.shared_bytes, arguments)
     return out
 
 
@@ -172,7 +168,7 @@ def _plan(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype, inde
 @functools.cache
 def _packing_kernel(entry: str, dtype: torch.dtype, index: int) -> Any:
     kernel = compile.kernel("relu2_sparsify", entry, {"ELEMENT": ELEMENTS[dtype]}, index)
-    return _driver().CUfunction(int(kernel.handle))
+    return _function(kernel, index)
 
 
 @functools.cache
@@ -181,12 +177,20 @@ def _matmul_kernel(tile: Tile, dtype: torch.dtype, index: int) -> tuple[Any, int
     driver = _driver()
     starts_with = 128 if tile.warpgroups == 3 else None
     loaded = compile.kernel("sparse_mm", "sparse_mm", tile.defines(dtype), index, tile.shared_bytes, starts_with)
-    kernel = driver.CUfunction(int(loaded.handle))
     blocks = torch.cuda.get_device_properties(index).multi_processor_count // tile.cluster * tile.cluster
-    config = _config((blocks, 1), tile.threads, tile.shared_bytes, tile.cluster, 0)
-    _, function = _checked("cuKernelGetFunction", driver.cuKernelGetFunction(loaded.handle))
-    _, clusters = _checked("cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config))
-    return kernel, min(clusters, blocks // tile.cluster)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, tile.threads, tile.shared_bytes
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    function = _function(loaded, index)
+    with torch.cuda.device(index):
+        _, clusters = _checked("cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config))
+    return function, min(clusters, blocks // tile.cluster)
+
+
+def _function(kernel: Any, index: int) -> Any:
+    """``kernel`` as device ``index`` runs it."""
+    with torch.cuda.device(index):
+        return _checked("cuKernelGetFunction", _driver().cuKernelGetFunction(kernel.handle))[1]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -231,35 +235,21 @@ def _checked(call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
     return result
 
 
+def _addresses(values: "ctypes.Array[ctypes.c_int64]") -> range:
+    start = ctypes.addressof(values)
+    return range(start, start + 8 * len(values), 8)
+
+
 def _launch(
-    index: int,
-    kernel: Any,
-    grid: tuple[int, int],
-    threads: int,
-    shared_bytes: int,
-    cluster: int,
-    arguments: list[Any],
+    index: int, kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: Sequence[int]
 ) -> None:
+    """On torch's current stream of device ``index``. ``arguments``: their addresses."""
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return _launch(index, kernel, grid, threads, shared_bytes, cluster, arguments)
-    addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    config = _config(grid, threads, shared_bytes, cluster, torch._C._cuda_getCurrentRawStream(index))
-    _checked("cuLaunchKernelEx", _driver().cuLaunchKernelEx(config, kernel, ctypes.addressof(addresses), 0))
-
-
-@functools.lru_cache(maxsize=1024)
-def _config(grid: tuple[int, int], threads: int, shared_bytes: int, cluster: int, stream: int) -> Any:
-    driver = _driver()
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
-    config.blockDimX = threads
-    config.blockDimY = config.blockDimZ = 1
-    config.sharedMemBytes, config.hStream = shared_bytes, stream
-    value = driver.CUlaunchAttributeValue()
-    value.clusterDim.x = cluster
-    value.clusterDim.y = value.clusterDim.z = 1
-    attribute = driver.CUlaunchAttribute()
-    attribute.id, attribute.value = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value
-    config.attrs, config.numAttrs = [attribute], 1
-    return config
+            return _launch(index, kernel, grid, threads, shared_bytes, arguments)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    addresses = (ctypes.c_void_p * len(arguments))(*arguments)
+    result = _driver().cuLaunchKernel(
+        kernel, *grid, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(addresses), 0
+    )
+    _checked("cuLaunchKernel", result)

@@ -293,7 +293,7 @@ def test_missing_compiler(missing, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_missing_driver():
-    with pytest.raises(compile.MissingCudaError, match=r"NVIDIA driver, 580 or newer.*libcuda") as raised:
+    with pytest.raises(compile.MissingCudaError, match="NVIDIA driver, 580 or newer") as raised:
         compile.kernel("a", "k", {"FACTOR": 2})
     assert isinstance(raised.value.__cause__, RuntimeError)
 

@@ -1,6 +1,7 @@
 """``sparsify_``: what symbolic tracing would freeze or lose is noticed, and the module left alone."""
 
 import copy
+import gc
 import random
 import sys
 import types
@@ -156,3 +157,22 @@ def test_replica_for_data_parallel_uses_its_own_weights():
     unsparsify_(model)
     assert vars(model).keys() == vars(FFN()).keys()
     assert_bit_equal(outcome(copy.deepcopy(model), x), outcome(FFN(), x))
+
+
+def test_a_garbage_collection_in_between_is_not_the_modules_doing():
+    collections = 0
+
+    def count(phase, info):
+        nonlocal collections
+        collections += 1
+        counts[0] = collections
+
+    counts, threshold = {}, gc.get_threshold()
+    gc.callbacks.append(count)
+    gc.set_threshold(1)
+    try:
+        report = sparsify_(FFN())
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(count)
+    assert collections and len(report.rewritten) == 1 and gc.isenabled()

@@ -107,7 +107,7 @@ __device__ __forceinline__ Metadata distribute(const RawMetadata& raw, bool is_o
 #define BOUNDS __maxnreg__(CONSUMER_REGISTERS)
 #endif
 
-extern "C" __global__ void BOUNDS
+extern "C" __global__ void BOUNDS __cluster_dims__(CLUSTER, 1, 1)
     sparse_mm(const __grid_constant__ TensorMap packed_map, const __grid_constant__ TensorMap weight_map,
               const u8* __restrict__ metadata, const u16* __restrict__ bias, u16* __restrict__ out,
               float4* __restrict__ partial, u32* __restrict__ flags, const Shape shape) {
