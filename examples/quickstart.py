@@ -65,7 +65,7 @@ train, held_out = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
 test_x, test_y = next(batches(held_out, 1, size=32))
 
 model = GPT().to(device)
-config = ao_act24.Act24Config(emulate=device != "cpu")  # there are no fast kernels yet
+config = ao_act24.Act24Config(emulate=device != "cpu")  # on a GPU: fp32 and training have no kernels
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
 
 
