@@ -60,13 +60,15 @@ def trace(module: nn.Module, training: bool) -> GraphModule | None:
 
 
 class _Value(Proxy):
-    """A proxy that is a tensor if it stands for an argument, and otherwise does not let itself be told what it is."""
+    """A proxy that does not let itself be told what it is.
+
+    It may not pretend to be a tensor: ``torch``'s functions in C++ would believe it, and crash.
+    """
 
     def _unknown(self, *_: object) -> Any:
         raise TraceError("symbolic tracing does not know this of a value")
 
     __hash__ = __repr__ = _unknown
-    __class__ = property(lambda self: Tensor if self.node.op == "placeholder" else self._unknown())
 
     def __getattr__(self, name: str) -> "_Attribute":
         return _Attribute(self, name) if hasattr(Tensor, name) else self._unknown()
@@ -145,16 +147,18 @@ def _random_states() -> list[Any]:
 
 
 _STORES = {"STORE_GLOBAL", "STORE_SUBSCR", "STORE_SLICE", "DELETE_GLOBAL", "DELETE_SUBSCR", "DELETE_ATTR"}
-_QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype"}
+_QUESTIONS = {
+    "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype",
+    "type", "isinstance", "issubclass", "hasattr", "is_tensor",
+}  # fmt: skip
 
 
 def _has_effects(code: types.CodeType) -> bool:
-    """Whether code stores anywhere but in its own variables, asks for a mode, or for the true type of a value."""
+    """Whether code stores anywhere but in its own variables, asks for a mode, or what a value is."""
     return any(
         step.opname in _STORES
         or (step.opname == "STORE_ATTR" and code.co_name != "__init__")  # there it is something new
         or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars)
-        or (step.opname == "LOAD_GLOBAL" and step.argval == "type")
         or (step.opname != "LOAD_CONST" and step.argval in _QUESTIONS)
         for step in dis.get_instructions(code)
     )

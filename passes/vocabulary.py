@@ -31,6 +31,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Hardswish: "hardswish",
 }
 _SYNONYMS = {
+    "_threshold": "threshold",
     "clip": "clamp",
     "multiply": "mul",
     "__mul__": "mul",

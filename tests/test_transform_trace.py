@@ -9,7 +9,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from ffn import FFN, assert_bit_equal, assert_close, check, data, oracle, outcome
+import torch.nn.functional as F
+from ffn import FFN, Inline, OracleInline, assert_bit_equal, assert_close, check, data, oracle, outcome
 
 from ao_act24 import Act24Warning, sparsify_, unsparsify_
 
@@ -61,9 +62,45 @@ def test_a_question_that_only_a_real_tensor_answers(question):
 
 
 @pytest.mark.parametrize("is_tensor", [torch.is_tensor, lambda x: isinstance(x, torch.Tensor)])
-def test_an_argument_is_a_tensor(is_tensor):
-    model = ffn(lambda self, x: self.dense(x if is_tensor(x) else x[0]))
-    check(model, want=oracle(FFN()))
+def test_a_question_what_an_argument_is(is_tensor):
+    check_left_alone(ffn(lambda self, x: self.dense(x if is_tensor(x) else x[0])))
+    check_left_alone(ffn(lambda self, x: self.dense(x if torch.is_tensor(x) else x[0])))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.pow(x, 2),
+        lambda x: torch.where(x > 0, x, 0),
+        lambda x: torch.where(x > 0, x * x, 0.0),
+        lambda x: F.threshold(x, 0, 0),
+        lambda x: torch.maximum(x, torch.zeros_like(x)),
+        lambda x: torch.mul(2, x),
+    ],
+)
+def test_functions_in_cpp_take_stand_ins(function):
+    """Of arguments and of what was computed; as an activation they are among the spellings of ReLU²."""
+    model, x = ffn(lambda self, x: self.dense(function(x))), data()
+    want = outcome(oracle(model), x)
+    assert len(sparsify_(model).rewritten) == 1
+    assert_close(outcome(model, x), want)
+
+
+@pytest.mark.parametrize(
+    "relu2",
+    [
+        lambda h: torch.where(h > 0, h, 0).square(),
+        lambda h: torch.where(h > 0, h * h, 0),
+        lambda h: F.threshold(h, 0, 0).square(),
+        lambda h: torch.pow(torch.relu(h), 2),
+    ],
+)
+def test_spellings_of_relu2(relu2):
+    model = Inline()
+    model.relu2 = relu2
+    assert len(sparsify_(model).rewritten) == 1
+    x = data()
+    assert_close(outcome(model, x), outcome(OracleInline(), x))
 
 
 def test_a_buffer_is_read_at_each_call():
