@@ -17,9 +17,9 @@ class Act24Config:
     """Options of the rewrite.
 
     Attributes:
-        emulate: run the 2:4 semantics also on devices that have no fast kernel, through the reference implementation.
-            It computes exactly what a kernel would, slower than dense: for studying accuracy, not for speed. The CPU
-            always runs the reference.
+        emulate: run 2:4 also where it has no fast kernel (through the reference implementation, which computes what a
+            kernel would), where it is slower than dense, and in training: for studying accuracy, not for speed. The
+            CPU always runs the reference.
     """
 
     emulate: bool = False

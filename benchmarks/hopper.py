@@ -181,6 +181,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    if reason := cuda.why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16):
+        parser.error(reason)
     energy, seconds = Energy(), 0.15 if arguments.quick else 0.4
     query = "name,driver_version,power.limit,clocks.max.sm"
     gpu = output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
