@@ -1,8 +1,8 @@
 """Where 2:4 is faster than dense: a rule, as data, with the measurement that it comes from.
 
-Dense time over 2:4 time of a whole FFN, forward, bf16, ``torch.compile`` with default options, one H200
-(``few_tokens`` of ``benchmarks/hopper.py`` in an early run; where launches bind, below about 0.2 ms, it scatters by a factor
-of two. The ratio falls below 1 at the left because launching 2:4 costs host time)::
+Dense over 2:4 time of a whole FFN, forward, bf16, ``torch.compile`` with default options, one H200: an early run of
+``few_tokens`` in ``benchmarks/hopper.py``. Where launching binds, below about 0.2 ms, it scatters by a factor of two;
+there the ratio is below 1 because launching 2:4 costs host time::
 
     D x H            T = 768   1024   1536   2048   4096
     1024 x 4096         0.48   0.46   0.49   0.48   0.58
