@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from ao_act24 import notice
 from ao_act24.config import Act24Config, checked
 from ao_act24.fingerprint import source_digest
-from ao_act24.passes import examine, rewrite_graph
+from ao_act24.passes import rewrite_graph
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ class Act24Pass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         rewrite_graph(graph, self.config)
         gm = graph.owning_module
-        if gm is not None and hasattr(
-            gm, "compile_subgraph_reason"
-        ):  # Dynamo's own graph, which comes after the bodies that it calls
-            notice.watch(gm, examine(gm, self.config))
+        if gm is not None and hasattr(gm, "compile_subgraph_reason"):  # Dynamo's own; bodies that it calls came before
+            notice.watch(gm, self.config)
 
     def uuid(self) -> str:
         """Identifies the settings and every source file, gradients and fakes included, in torch's compile caches."""
@@ -93,7 +91,7 @@ class Act24Backend:
             if options and "use_pre_grad_passes" in options:
                 raise ValueError("options['use_pre_grad_passes'] must be True, or unset: the rewrite is such a pass")
             patches["use_pre_grad_passes"] = True  # mode="lite" turns them off
-        watched = notice.watch(gm, examine(gm, config))  # not in the pass, which does not run on a warm cache
+        watched = notice.watch(gm, config)  # not in the pass, which does not run on a warm cache
         earlier = patches.get("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
         ours = Act24Pass(config)
         if earlier:

@@ -9,10 +9,7 @@ from torch.fx import GraphModule
 from ao_act24 import notice
 from ao_act24.capture import is_disabled, locator, run_captured
 from ao_act24.config import Act24Config, checked
-from ao_act24.passes import Report, Verdict, graph_modules
-from ao_act24.passes.find import find_sites
-from ao_act24.passes.judge import judge
-from ao_act24.passes.report import describe
+from ao_act24.passes import Report, Verdict, examine
 
 
 def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | None = None, **kwargs: Any) -> Report:
@@ -39,8 +36,7 @@ def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | No
         nonlocal graphs, ddp
         graphs += 1
         ddp |= notice.splits_for_ddp()
-        sites = [site for module in graph_modules(gm) for site in find_sites(module.graph)]
-        locators = [locator(gm, model, site, describe(site, judge(site, config))) for site in sites]
+        locators = [locator(gm, model, site, verdict) for site, verdict in examine(gm, config)]
         places = set()
 
         def run(*args: Any) -> Any:

@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch.fx import GraphModule
 
-from ao_act24.passes import Act24Warning, Verdict, graph_modules
+from ao_act24.config import Act24Config
+from ao_act24.passes import Act24Warning, examine, graph_modules
 from ao_act24.passes.vocabulary import as_linear
 
 
@@ -45,8 +46,9 @@ class _Call:
 _models: WeakKeyDictionary[Any, _Model] = WeakKeyDictionary()
 
 
-def watch(gm: GraphModule, verdicts: list[Verdict]) -> Callable[[Any], Any]:
+def watch(gm: GraphModule, config: Act24Config) -> Callable[[Any], Any]:
     """Warn if the model that ``gm``, a graph of Dynamo's, belongs to stays dense. Decorates its compiled form."""
+    verdicts = [verdict for _, verdict in examine(gm, config)]
     model, call, outermost = _being_compiled()
     model.rewritten |= any(verdict.rewritten for verdict in verdicts)
     model.reasons |= {verdict.reason for verdict in verdicts}

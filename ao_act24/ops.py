@@ -139,14 +139,13 @@ def _define(
     check: Callable[..., None],
     implementation: Callable[..., object],
     fake: Callable[..., object],
-    kernel: Callable[..., object] | None = None,
-    plainly_right: Callable[..., bool] | None = None,
+    fast: tuple[Callable[..., object], Callable[..., bool]] | None = None,
 ) -> None:
     """Register one operator; all implementations, and the fake, check their arguments first.
 
-    ``kernel`` runs instead of ``implementation`` where ``cuda.why_not`` has nothing against it. Before it, ``check`` is
-    asked only if the arguments are not ``plainly_right``: it has words for everything that can be wrong, and takes
-    longer than a kernel takes to launch.
+    ``fast``: a kernel, which runs instead of ``implementation`` where ``cuda.why_not`` has nothing against it, and
+    whether arguments are plainly right. Only if not, ``check`` is asked: it has words for everything that can be wrong,
+    and takes longer than a kernel takes to launch.
     """
 
     def checked(run: Callable[..., object]) -> Callable[..., object]:
@@ -158,10 +157,11 @@ def _define(
 
     name = _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, checked(implementation), "CompositeExplicitAutograd")
-    if kernel is not None:
+    if fast is not None:
+        kernel, plainly_right = fast
 
         def fastest(first: Tensor, *others: object) -> object:
-            if plainly_right is None or not plainly_right(first, *others):
+            if not plainly_right(first, *others):
                 check(first, *others)
             run = implementation if cuda.why_not(first.device, first.dtype) else kernel
             return run(first, *others)
@@ -175,8 +175,7 @@ _define(
     lambda h: _check_hidden("h", h),
     reference.relu2_sparsify,
     _fake_pack,
-    cuda.relu2_sparsify,
-    lambda h: h.dtype in cuda.ELEMENTS and h.dim() > 0 and h.shape[-1] % 4 == 0,
+    (cuda.relu2_sparsify, lambda h: h.dtype in cuda.ELEMENTS and h.dim() > 0 and h.shape[-1] % 4 == 0),
 )
 _define(
     "sparsify(Tensor dense) -> (Tensor packed, Tensor metadata)",
@@ -201,8 +200,7 @@ _define(
     _check_sparse_mm,
     reference.sparse_mm,
     lambda packed, metadata, weight, bias=None: packed.new_empty((*packed.shape[:-1], weight.shape[0])),
-    cuda.sparse_mm,
-    _plain_sparse_mm,
+    (cuda.sparse_mm, _plain_sparse_mm),
 )
 _define(
     "sampled_mm(Tensor grad, Tensor weight, Tensor metadata) -> Tensor",

@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ao_act24.config import Act24Config, checked
 from ao_act24.kernels import cuda
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
-from ao_act24.passes.judge import why_dense
 from ao_act24.passes.vocabulary import is_our_op
 from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
+from ao_act24.when import why_dense
 
 _Forward = Callable[..., Any]
 

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ao_act24.kernels import cuda, reference
 from torch import Tensor, nn
 
 import ao_act24
 from ao_act24.fingerprint import source_digest
+from ao_act24.kernels import cuda, reference
 
 ROUNDS = 5
 SHAPES = [(8192, 2048, 8192), (8192, 4096, 16384), (32768, 4096, 16384), (8192, 8192, 32768)]
@@ -99,11 +99,11 @@ def _burst(run: Callable[[], object], calls: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    for _ in range(max(calls, 1)):
+    for _ in range(calls):
         run()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / max(calls, 1)
+    return start.elapsed_time(end) / calls
 
 
 def compiled(ffn: FFN, x: Tensor, **how: object) -> Callable[[], Tensor]:
@@ -210,8 +210,9 @@ def main() -> None:
     for model_dim, hidden_dim in FEW[:1] if arguments.quick else FEW:
         table = few_tokens(model_dim, hidden_dim, seconds / 4, energy)
         result[f"few tokens {model_dim}x{hidden_dim}"] = table
-        print(f"\nFFN {model_dim} x {hidden_dim} by tokens; host time {table.pop('host_us')} us")
-        for tokens, row in table.items():
+        print(f"\nFFN {model_dim} x {hidden_dim} by tokens; host time {table['host_us']} us")
+        for tokens in map(str, TOKENS):
+            row = table[tokens]
             print(
                 f"  {tokens:>6s}  " + "  ".join(f"{name} {timing['ms']:8.4f}" for name, timing in row.items()),
                 flush=True,

@@ -18,6 +18,7 @@ from . import compile, layout, reference
 
 ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 _THREADS = 256  # a block of the packing kernels
+_TILE_COLUMNS = 256  # of sparse_mm.cu
 
 
 @torch.compiler.assume_constant_result
@@ -83,7 +84,7 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
         flags = packed.new_zeros(plan.blocks, dtype=torch.int32)
         pointers[3], pointers[4] = partial.data_ptr(), flags.data_ptr()
     packed_map = _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, 64 * tile.warpgroups, 32)
-    weight_map = _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, tile.columns // tile.cluster, 64)
+    weight_map = _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, _TILE_COLUMNS // tile.cluster, 64)
     arguments = (*map(ctypes.addressof, (packed_map, weight_map)), *_addresses(pointers), ctypes.addressof(plan.shape))
     _launch(packed.device.index, plan.kernel, (plan.blocks, 1), tile.threads, tile.shared_bytes, arguments)
     return out
@@ -94,7 +95,6 @@ class Tile:
     """How ``sparse_mm.cu`` is compiled: see there."""
 
     warpgroups: int
-    columns: int
     cluster: int
     stages: int
     band: int
@@ -105,19 +105,18 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * 64 * (64 * self.warpgroups + 2 * self.columns) + 1024  # 1024: to align the first stage
+        return self.stages * 64 * (64 * self.warpgroups + 2 * _TILE_COLUMNS) + 1024  # 1024: to align the first stage
 
     def defines(self, dtype: torch.dtype) -> dict[str, int | str]:
         return {
             "ELEMENT": ELEMENTS[dtype],
             "WARPGROUPS": self.warpgroups,
-            "TILE_N": self.columns,
             "CLUSTER": self.cluster,
             "STAGES": self.stages,
         }
 
 
-TALL, SHORT = Tile(3, 256, 2, 5, band=11), Tile(2, 256, 2, 5, band=16)
+TALL, SHORT = Tile(3, 2, 5, band=11), Tile(2, 2, 5, band=16)
 
 
 def choose_tile(tokens: int) -> Tile:
@@ -154,14 +153,14 @@ def _plan(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype, inde
     tile = choose_tile(tokens)
     kernel, clusters = _matmul_kernel(tile, dtype, index)
     row_clusters = -(-tokens // (64 * tile.warpgroups * tile.cluster))
-    column_tiles, groups = -(-model_dim // tile.columns), -(-hidden_dim // 256)
+    column_tiles, groups = -(-model_dim // _TILE_COLUMNS), -(-hidden_dim // 256)
     rounds, streamed = divmod(row_clusters * column_tiles, clusters)
     streamers = max(1, min(clusters, 8 * streamed, streamed * groups))  # no tile is cut into many more than 8 pieces
     shape = _Shape(
         tokens, model_dim, groups, row_clusters, column_tiles, tile.band, hidden_dim // 8, rounds, streamed, streamers
     )
     blocks = tile.cluster * (clusters if rounds else streamers)
-    partial = blocks * 64 * tile.warpgroups * tile.columns if streamed else 0
+    partial = blocks * 64 * tile.warpgroups * _TILE_COLUMNS if streamed else 0
     return _Plan(tile, kernel, shape, blocks, partial)
 
 

@@ -1,6 +1,7 @@
 """FX graph in, FX graph out: find the sites, judge them, rewrite them, report. Knows graphs, knows no kernels.
 
 ``vocabulary``  how operations are spelled
+``relu2``       ReLU² among them
 ``find``        every FFN-like site, near misses included
 ``judge``       which of them may be rewritten
 ``rewrite``     the surgery
@@ -14,7 +15,7 @@ from torch.fx import Graph, GraphModule
 
 from ao_act24.config import Act24Config
 
-from .find import find_sites
+from .find import Site, find_sites
 from .judge import judge
 from .report import Act24Warning, Report, Verdict, describe
 from .rewrite import rewrite
@@ -35,9 +36,10 @@ def rewrite_graph(graph: Graph, config: Act24Config) -> list[Verdict]:
     return verdicts
 
 
-def examine(module: GraphModule, config: Act24Config) -> list[Verdict]:
-    """What ``rewrite_graph`` would say of a module and every subgraph that it calls, without changing any."""
-    return [describe(site, judge(site, config)) for graph in graph_modules(module) for site in find_sites(graph.graph)]
+def examine(module: GraphModule, config: Act24Config) -> list[tuple[Site, Verdict]]:
+    """The sites of a module and of every subgraph that it calls, and what ``rewrite_graph`` would say of them."""
+    sites = [site for graph in graph_modules(module) for site in find_sites(graph.graph)]
+    return [(site, describe(site, judge(site, config))) for site in sites]
 
 
 def graph_modules(module: GraphModule) -> Iterator[GraphModule]:

@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-from ao_act24.kernels import when
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config
 from ao_act24.ops import DTYPES
+from ao_act24.when import why_dense
 
 from .find import Site
 from .rewrite import narrow_source
@@ -53,14 +53,6 @@ def judge(site: Site, config: Act24Config) -> str:
     training = h is not None and h.requires_grad
     reasons = (why_dense(like.device, dtype, tokens, model_dim, hidden_dim, training, config) for dtype in dtypes)
     return next(filter(None, reasons), "")
-
-
-def why_dense(device, dtype, tokens, model_dim, hidden_dim, training, config) -> str:  # type: ignore[no-untyped-def]
-    """As ``kernels.when``: why a site stays dense. The CPU always runs the reference; so does all with ``emulate``."""
-    if device.type in ("cpu", "meta") or config.emulate:
-        return ""
-    reason: str = when.why_dense(device, dtype, tokens, model_dim, hidden_dim, training)
-    return reason and f"{reason} (Act24Config(emulate=True) runs 2:4 all the same)"
 
 
 def down_weight(site: Site) -> tuple[Any, bool]:

@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 from ao_act24 import ops
 from ao_act24.fingerprint import source_digest
 
-from .find import Relu2, Site
+from .find import Site
+from .relu2 import Relu2
 from .vocabulary import Between, as_between, cast_dtype, is_transpose, op_name, value
 
 

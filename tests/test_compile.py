@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import cuda.core
 import pytest
 import torch
-from ao_act24.kernels import compile
 from cuda.bindings import driver, nvrtc
 
 import ao_act24
 from ao_act24 import fingerprint
+from ao_act24.kernels import compile
 
 ROOT = Path(__file__).parent.parent
 SOURCE = """#include "scale.cuh"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ao_act24.kernels import compile, cuda
 
 NVDISASM = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin/nvdisasm")
@@ -65,7 +66,7 @@ def test_matmul(name, tmp_path):
     sass = instructions(compile.cubin("sparse_mm", tile.defines(dtype)), tmp_path)
     check_local_memory(sass)
     element = {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
-    shape = f"HGMMA.SP.64x{tile.columns}x32.F32{element}"
+    shape = f"HGMMA.SP.64x256x32.F32{element}"
     assert sum(f"{shape} " in line for line in sass) == 8, "four stages of two steps, unrolled"
     # ptxas would wait for each product by itself where it cannot keep them apart (C7510)
     assert sum("DEPBAR.LE gsb0, 0x0" in line for line in sass) == 1

@@ -199,11 +199,11 @@ def test_a_hidden_size_that_four_does_not_divide():
 
 
 def test_where_there_is_no_kernel_or_none_that_pays_it_stays_dense(monkeypatch):
-    from ao_act24.kernels import when
-    from ao_act24.passes.judge import why_dense
+    from ao_act24.kernels import cuda
+    from ao_act24.when import why_dense
 
     config, sizes = ao_act24.Act24Config(), (torch.bfloat16, 8192, 4096, 16384, False)
-    monkeypatch.setattr(when.cuda, "_why_not_gpu", lambda index: "")
+    monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
     gpu = torch.device("cuda", 0)
     assert why_dense(torch.device("cpu"), *sizes, config) == "" == why_dense(gpu, *sizes, config)
     assert "no 2:4 kernel for mps" in why_dense(torch.device("mps"), *sizes, config)

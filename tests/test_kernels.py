@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from ao_act24.kernels import cuda, reference, when
 from torch import nn
 
 import ao_act24
+from ao_act24 import when
+from ao_act24.kernels import cuda, reference
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from ao_act24.kernels import layout, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import mask24, relu2_24
+
+from ao_act24.kernels import layout, reference
 
 NAN, INF = math.nan, math.inf
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchao
-from ao_act24.kernels import layout
 from oracle import relu2_24
 
 import ao_act24
 from ao_act24 import Sparse24Tensor
+from ao_act24.kernels import layout
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ __device__ __forceinline__ u64 matrix_descriptor(u32 shared) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLOATS_32(i) EIGHT_FLOATS(i), EIGHT_FLOATS(i + 8), EIGHT_FLOATS(i + 16), EIGHT_FLOATS(i + 24)
 
-// d (64 x N) (+)= A (64 x 32, two of four stored) * B (N x 32)^T. SELECTOR: which two threads of four give metadata.
+// d (64 x 256) (+)= A (64 x 32, two of four stored) * B (256 x 32)^T. SELECTOR: which two threads of four give metadata.
 // The first product overwrites d: an initial value from elsewhere makes ptxas run all of them one by one (C7510).
 template <int SELECTOR>
 __device__ __forceinline__ void wgmma_sparse(float (&d)[128], u64 a, u64 b, u32 metadata, u32 accumulate) {
@@ -148,28 +148,6 @@ __device__ __forceinline__ void wgmma_sparse(float (&d)[128], u64 a, u64 b, u32 
       " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
       "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, %130, %132, p, 1, 1, 0, 0;}"
       : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64), FLOATS_32(96)
-      : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
-}
-
-template <int SELECTOR>
-__device__ __forceinline__ void wgmma_sparse(float (&d)[96], u64 a, u64 b, u32 metadata, u32 accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %99, 0;\n"
-      "wgmma.mma_async.sp.sync.aligned.m64n192k32.f32." ELEMENT "." ELEMENT
-      " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8)
-      "%90,%91,%92,%93,%94,%95}, %96, %97, %98, %100, p, 1, 1, 0, 0;}"
-      : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64)
-      : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
-}
-
-template <int SELECTOR>
-__device__ __forceinline__ void wgmma_sparse(float (&d)[64], u64 a, u64 b, u32 metadata, u32 accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %67, 0;\n"
-      "wgmma.mma_async.sp.sync.aligned.m64n128k32.f32." ELEMENT "." ELEMENT
-      " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
-      "%60,%61,%62,%63}, %64, %65, %66, %68, p, 1, 1, 0, 0;}"
-      : FLOATS_32(0), FLOATS_32(32)
       : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
 }
 

@@ -7,11 +7,12 @@
 // that is cut into equal pieces, one for each cluster: a tile that a cut goes through is summed in parts, in a fixed order,
 // all but the last of which go through `partial`.
 //
-// Compile-time: ELEMENT ("bf16" or "f16"), WARPGROUPS (2 or 3), TILE_N (128, 192 or 256), CLUSTER (1, 2 or 4), STAGES.
+// Compile-time: ELEMENT ("bf16" or "f16"), WARPGROUPS (2 or 3), CLUSTER (a power of 2), STAGES.
 
 #include "ptx.cuh"
 
 constexpr int K = 64;  // logical columns a stage
+constexpr int TILE_N = 256;
 constexpr int ROWS = 64 * WARPGROUPS;
 constexpr int A_BYTES = ROWS * K;  // half of K stored, two bytes each
 constexpr int B_BYTES = TILE_N * K * 2;

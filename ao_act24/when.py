@@ -1,30 +1,37 @@
 """Where 2:4 is faster than dense: a rule, as data, with the measurement that it comes from.
 
-Dense over 2:4 time of a whole FFN, forward, bf16, ``torch.compile`` with default options, one H200: an early run of
-``few_tokens`` in ``benchmarks/hopper.py``. Where launching binds, below about 0.2 ms, it scatters by a factor of two;
-there the ratio is below 1 because launching 2:4 costs host time::
+Dense over 2:4 time of a whole FFN, forward, bf16, ``torch.compile`` with default options, one H200: ``few_tokens`` of
+``benchmarks/hopper.py``. The middle row is in ``benchmarks/results/hopper-quick.json``, the others are from an earlier
+run. Where launching binds, below about 0.2 ms, it scatters by a factor of two; there the ratio is below 1 because
+launching 2:4 costs host time::
 
     D x H            T = 768   1024   1536   2048   4096
     1024 x 4096         0.48   0.46   0.49   0.48   0.58
-    2048 x 8192         0.46   0.30   0.68   0.88   1.06
+    2048 x 8192         0.42   0.47   0.39   0.86   1.12
     4096 x 16384        0.98   1.16   1.15   1.13   1.13
 
 Few tokens also bind both matmuls to reading the weights, which 2:4 activations do not make smaller.
 """
 
-from . import cuda
+from ao_act24.kernels import cuda
 
 MIN_TOKENS = 1024
 MIN_PRODUCT = 2**36  # tokens * model_dim * hidden_dim: multiplications of one dense matmul
 
 
-def why_dense(device, dtype, tokens, model_dim, hidden_dim, training):  # type: ignore[no-untyped-def]  # int or SymInt
-    """Why an FFN of this size runs dense; empty if its 2:4 form is faster. A size may be None: not known yet.
+def why_dense(device, dtype, tokens, model_dim, hidden_dim, training, config):  # type: ignore[no-untyped-def]  # int or SymInt
+    """Why an FFN of this size stays dense; empty if it runs in 2:4. A size may be None: not known yet.
 
-    Comparing a SymInt installs a guard: one model then owns a dense and a 2:4 graph.
+    The CPU always runs the reference; so does all with ``emulate``. Comparing a SymInt installs a guard: one model then
+    owns a dense and a 2:4 graph.
     """
-    if reason := cuda.why_not(device, dtype):
-        return reason
+    if device.type in ("cpu", "meta") or config.emulate:
+        return ""
+    reason = cuda.why_not(device, dtype) or _why_slower(tokens, model_dim, hidden_dim, training)
+    return reason and f"{reason} (Act24Config(emulate=True) runs 2:4 all the same)"
+
+
+def _why_slower(tokens, model_dim, hidden_dim, training):  # type: ignore[no-untyped-def]
     if training:
         return "there are no 2:4 kernels for the backward yet: training stays dense"
     for name, size, factor in (("hidden_dim", hidden_dim, 64), ("model_dim", model_dim, 8)):
