@@ -13,7 +13,7 @@ functional, take bfloat16, float16, float32 and float64 and any strides, and rai
 naming the argument that is wrong.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,18 +52,17 @@ def _check_hidden(name: str, dense: Tensor) -> None:
     )
 
 
-def _check_metadata(metadata: Tensor, tokens: torch.Size, hidden_dim: int, device: torch.device) -> None:
+def _check_metadata(metadata: Tensor, tokens: Sequence[int], hidden_dim: int, device: torch.device) -> None:
     torch._check_type(metadata.dtype == torch.uint8, lambda: f"metadata must have dtype uint8, got {metadata.dtype}")
     torch._check_value(
         metadata.device == device,
         lambda: f"metadata must be on the other tensors' device, {device}, got {metadata.device}",
     )
-    want = (*tokens, layout.metadata_bytes(hidden_dim))
+    dense = (*tokens, hidden_dim)
+    want = layout.metadata_shape(dense)
     torch._check_value(
-        metadata.dim() == len(want) and all(got == size for got, size in zip(metadata.shape, want)),
-        lambda: (
-            f"metadata must have shape {tuple(want)} for a hidden size of {hidden_dim}, got {tuple(metadata.shape)}"
-        ),
+        metadata.dim() == 2 and metadata.shape[0] == want[0] and metadata.shape[1] == want[1],
+        lambda: f"metadata must have shape {want} for a dense shape of {dense}, got {tuple(metadata.shape)}",
     )
 
 
@@ -106,7 +105,7 @@ def _plain_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Ten
         weight.dim() == 2
         and weight.shape[1] == 2 * half
         and half % 2 == 0
-        and metadata.shape == (*tokens, layout.metadata_bytes(2 * half))
+        and metadata.shape == layout.metadata_shape((*tokens, 2 * half))
         and metadata.dtype == torch.uint8
         and packed.dtype == weight.dtype
         and packed.dtype in cuda.ELEMENTS
@@ -130,7 +129,7 @@ def _check_sampled_mm(grad: Tensor, weight: Tensor, metadata: Tensor) -> None:
 
 def _fake_pack(dense: Tensor) -> tuple[Tensor, Tensor]:
     *tokens, hidden_dim = dense.shape
-    metadata = dense.new_empty((*tokens, layout.metadata_bytes(hidden_dim)), dtype=torch.uint8)
+    metadata = dense.new_empty(layout.metadata_shape(dense.shape), dtype=torch.uint8)
     return dense.new_empty((*tokens, hidden_dim // 2)), metadata
 
 

@@ -128,7 +128,7 @@ class Sparse24Tensor(TorchAOBaseTensor):
         cls._require(tokens % 64 == 0 and hidden_dim % 128 == 0, "a shape divisible by (64, 128)", tuple(sparse.shape))
         packed = (sparse.qdata.float() * sparse.scale.float()).to(sparse.dtype)
         metadata = sparse.sparse_metadata.view(torch.uint8).reshape(tokens, hidden_dim // 8)
-        return cls(packed, layout.from_cutlass_sm90_fp8(metadata))
+        return cls(packed, layout.from_rows(layout.from_cutlass_sm90_fp8(metadata)))
 
     def to_torchao(self) -> TorchAOBaseTensor:
         """To torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``, in e4m3 with one scale a row, ``amax / 448``.
@@ -144,7 +144,7 @@ class Sparse24Tensor(TorchAOBaseTensor):
         scale = self.packed.float().abs().amax(-1, keepdim=True) / limit
         scale = torch.where(scale == 0, 1.0, scale)
         qdata = (self.packed.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
-        metadata = layout.to_cutlass_sm90_fp8(self.metadata)
+        metadata = layout.to_cutlass_sm90_fp8(layout.to_rows(self.metadata, tokens, hidden_dim))
         return Float8Sparse(qdata, metadata, scale, block_size=[1, hidden_dim], dtype=self.dtype)
 
     @staticmethod

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compile, layout, reference
+from . import compile, layout, reference, schedule
+from .schedule import CLUSTER, MAX_CLUSTERS, TILE_COLUMNS, TILE_ROWS
 
 ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 _THREADS = 256  # a block of the packing kernels
-_TILE_COLUMNS = 256  # of sparse_mm.cu
+# of sparse_mm.cu
+MATMUL_STARTS_WITH = 128  # registers: see there
+_STAGES = 5
+_MATMUL_THREADS = 512
+_MATMUL_SHARED_BYTES = _STAGES * 64 * (TILE_ROWS + 2 * TILE_COLUMNS) + 1024  # 1024: to align the first stage
 
 
 @torch.compiler.assume_constant_result
@@ -48,120 +53,59 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.relu2_sparsify``, bit for bit. Reads ``h`` once; rows may be strided."""
     hidden_dim = h.shape[-1]
     packed = h.new_empty((*h.shape[:-1], hidden_dim // 2))
-    metadata = h.new_empty((*h.shape[:-1], layout.metadata_bytes(hidden_dim)), dtype=torch.uint8)
+    metadata = h.new_empty(layout.metadata_shape(h.shape), dtype=torch.uint8)
     if h.numel() == 0:
         return packed, metadata
     rows = (h if h.stride(-1) == 1 else h.contiguous()).reshape(-1, hidden_dim)
     count, stride = rows.shape[0], rows.stride(0)
     vectors = hidden_dim % 16 == 0 and rows.data_ptr() % 16 == 0 and (stride % 8 == 0 or count == 1)
-    if vectors and stride == hidden_dim:  # one long row
-        count, hidden_dim = 1, rows.numel()
-    entry = "relu2_sparsify" if vectors else "relu2_sparsify_any"
-    blocks = -(-hidden_dim // (_THREADS * (16 if vectors else 8)))
+    entry, columns, at_once = ("relu2_sparsify", 16, 2) if vectors else ("relu2_sparsify_any", 8, 1)
+    grid = -(-8 * metadata.shape[1] // (_THREADS * columns)), min(metadata.shape[0] // at_once, 65535)
     kernel = _packing_kernel(entry, h.dtype, h.device.index)
     values = (ctypes.c_int64 * 6)(rows.data_ptr(), stride, packed.data_ptr(), metadata.data_ptr(), count, hidden_dim)
-    _launch(h.device.index, kernel, (blocks, min(count, 65535)), _THREADS, 0, _addresses(values))
+    _launch(h.device.index, kernel, grid, _THREADS, 0, _addresses(values))
     return packed, metadata
 
 
 def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``reference.sparse_mm``: fp32 accumulation, rounded once. Deterministic.
 
-    The kernel takes H divisible by 64, D by 8 and less than 4 GB of metadata; else this unpacks and multiplies dense.
+    The kernel takes H divisible by 64 and D by 8; else this unpacks and multiplies dense.
     """
     model_dim, hidden_dim = weight.shape
     out = packed.new_empty((*packed.shape[:-1], model_dim))
     tokens = out.numel() // model_dim if model_dim else 0
-    if tokens == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8 or metadata.numel() >> 32:
+    if tokens == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
         return torch.nn.functional.linear(reference.unpack(packed, metadata), weight, bias)
     packed, metadata, weight = map(_aligned, (packed, metadata, weight))
     bias = None if bias is None else _aligned(bias)
     plan = _plan(tokens, model_dim, hidden_dim, packed.dtype, packed.device.index)
-    tile = plan.tile
     pointers = (ctypes.c_int64 * 5)(metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
     if plan.partial_floats:
         partial = packed.new_empty(plan.partial_floats, dtype=torch.float32)
         flags = packed.new_zeros(plan.blocks, dtype=torch.int32)
         pointers[3], pointers[4] = partial.data_ptr(), flags.data_ptr()
-    packed_map = _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, 64 * tile.warpgroups, 32)
-    weight_map = _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, _TILE_COLUMNS // tile.cluster, 64)
+    packed_map = _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, TILE_ROWS, 32)
+    weight_map = _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, TILE_COLUMNS // CLUSTER, 64)
     arguments = (*map(ctypes.addressof, (packed_map, weight_map)), *_addresses(pointers), ctypes.addressof(plan.shape))
-    _launch(packed.device.index, plan.kernel, (plan.blocks, 1), tile.threads, tile.shared_bytes, arguments)
+    _launch(packed.device.index, plan.kernel, (plan.blocks, 1), _MATMUL_THREADS, _MATMUL_SHARED_BYTES, arguments)
     return out
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How ``sparse_mm.cu`` is compiled: see there."""
-
-    warpgroups: int
-    cluster: int
-    stages: int
-    band: int
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.warpgroups + 1)
-
-    @property
-    def shared_bytes(self) -> int:
-        return self.stages * 64 * (64 * self.warpgroups + 2 * _TILE_COLUMNS) + 1024  # 1024: to align the first stage
-
-    def defines(self, dtype: torch.dtype) -> dict[str, int | str]:
-        return {
-            "ELEMENT": ELEMENTS[dtype],
-            "WARPGROUPS": self.warpgroups,
-            "CLUSTER": self.cluster,
-            "STAGES": self.stages,
-        }
-
-
-TALL, SHORT = Tile(3, 2, 5, band=11), Tile(2, 2, 5, band=16)
-
-
-def choose_tile(tokens: int) -> Tile:
-    """The tall tile multiplies about 6 % faster; the short one wins where the tall one would compute more padding."""
-    padded = {
-        tile: -(-tokens // (64 * tile.warpgroups * tile.cluster)) * 64 * tile.warpgroups for tile in (TALL, SHORT)
-    }
-    return TALL if padded[TALL] <= 1.06 * padded[SHORT] else SHORT
-
-
-class _Shape(ctypes.Structure):
-    """``Shape`` in ``sparse_mm.cu``."""
-
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            "tokens", "model_dim", "groups", "row_clusters", "column_tiles", "band", "metadata_stride", "rounds",
-            "streamed", "streamers",
-        )
-    ]  # fmt: skip
-
-
-@dataclass(frozen=True)
 class _Plan:
-    tile: Tile
     kernel: Any
-    shape: _Shape
+    shape: schedule.Shape
     blocks: int
     partial_floats: int
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype, index: int) -> _Plan:
-    tile = choose_tile(tokens)
-    kernel, clusters = _matmul_kernel(tile, dtype, index)
-    row_clusters = -(-tokens // (64 * tile.warpgroups * tile.cluster))
-    column_tiles, groups = -(-model_dim // _TILE_COLUMNS), -(-hidden_dim // 256)
-    rounds, streamed = divmod(row_clusters * column_tiles, clusters)
-    streamers = max(1, min(clusters, 8 * streamed, streamed * groups))  # no tile is cut into many more than 8 pieces
-    shape = _Shape(
-        tokens, model_dim, groups, row_clusters, column_tiles, tile.band, hidden_dim // 8, rounds, streamed, streamers
-    )
-    blocks = tile.cluster * (clusters if rounds else streamers)
-    partial = blocks * 64 * tile.warpgroups * _TILE_COLUMNS if streamed else 0
-    return _Plan(tile, kernel, shape, blocks, partial)
+    kernel, clusters = _matmul_kernel(dtype, index)
+    shape, at_work = schedule.share_out(tokens, model_dim, hidden_dim, clusters)
+    blocks = CLUSTER * at_work
+    return _Plan(kernel, shape, blocks, blocks * TILE_ROWS * TILE_COLUMNS if schedule.is_cut(shape) else 0)
 
 
 @functools.cache
@@ -171,19 +115,24 @@ def _packing_kernel(entry: str, dtype: torch.dtype, index: int) -> Any:
 
 
 @functools.cache
-def _matmul_kernel(tile: Tile, dtype: torch.dtype, index: int) -> tuple[Any, int]:
+def _matmul_kernel(dtype: torch.dtype, index: int) -> tuple[Any, int]:
     """The kernel, and how many of its clusters the device holds at a time."""
     driver = _driver()
-    starts_with = 128 if tile.warpgroups == 3 else None
-    loaded = compile.kernel("sparse_mm", "sparse_mm", tile.defines(dtype), index, tile.shared_bytes, starts_with)
-    blocks = torch.cuda.get_device_properties(index).multi_processor_count // tile.cluster * tile.cluster
+    loaded = compile.kernel(
+        "sparse_mm", "sparse_mm", matmul_defines(dtype), index, _MATMUL_SHARED_BYTES, MATMUL_STARTS_WITH
+    )
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count // CLUSTER * CLUSTER
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, tile.threads, tile.shared_bytes
+    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, _MATMUL_THREADS, _MATMUL_SHARED_BYTES
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     function = _function(loaded, index)
     with torch.cuda.device(index):
         _, clusters = _checked("cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config))
-    return function, min(clusters, blocks // tile.cluster)
+    return function, min(clusters, blocks // CLUSTER, MAX_CLUSTERS)
+
+
+def matmul_defines(dtype: torch.dtype) -> dict[str, int | str]:
+    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, "STAGES": _STAGES}
 
 
 def _function(kernel: Any, index: int) -> Any:

@@ -54,14 +54,15 @@ def take(dense: Tensor, index: Tensor) -> Tensor:
 
 def gather(dense: Tensor, metadata: Tensor) -> Tensor:
     """The entries of ``dense [..., H]`` that ``metadata`` keeps, as ``[..., H / 2]``."""
-    return take(dense, layout.decode(metadata, dense.shape[-1] // 4))
+    return take(dense, layout.decode(metadata, dense.shape))
 
 
 def unpack(packed: Tensor, metadata: Tensor) -> Tensor:
     """The dense ``[..., H]`` tensor of ``packed, metadata``; entries that were not kept are ``+0``."""
     pairs = packed.unflatten(-1, (packed.shape[-1] // 2, 2))
     dense = packed.new_zeros(*pairs.shape[:-1], 4)
-    return dense.scatter(-1, layout.decode(metadata, pairs.shape[-2]), pairs).flatten(-2)
+    shape = (*packed.shape[:-1], 2 * packed.shape[-1])
+    return dense.scatter(-1, layout.decode(metadata, shape), pairs).flatten(-2)
 
 
 def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,11 +12,6 @@ import torch
 from ao_act24.kernels import compile, cuda
 
 NVDISASM = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin/nvdisasm")
-MATMULS = {
-    f"{tile.warpgroups} warpgroups {dtype}": (tile, dtype)
-    for tile in (cuda.TALL, cuda.SHORT)
-    for dtype in cuda.ELEMENTS
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,10 +55,9 @@ def test_packing(dtype, tmp_path):
     assert any("LDG.E.EF.128" in line for line in sass) and any("STG.E.128" in line for line in sass)
 
 
-@pytest.mark.parametrize("name", MATMULS)
-def test_matmul(name, tmp_path):
-    tile, dtype = MATMULS[name]
-    sass = instructions(compile.cubin("sparse_mm", tile.defines(dtype)), tmp_path)
+@pytest.mark.parametrize("dtype", cuda.ELEMENTS)
+def test_matmul(dtype, tmp_path):
+    sass = instructions(compile.cubin("sparse_mm", cuda.matmul_defines(dtype)), tmp_path)
     check_local_memory(sass)
     element = {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
     shape = f"HGMMA.SP.64x256x32.F32{element}"
@@ -75,11 +69,10 @@ def test_matmul(name, tmp_path):
     assert not [line for line in sass[products[0] : products[-1]] if re.search("CCTL|MEMBAR|ERRBAR", line)]
 
 
-@pytest.mark.parametrize("name", MATMULS)
-def test_metadata_is_not_overwritten_while_it_is_read(name, tmp_path):
+@pytest.mark.parametrize("dtype", cuda.ELEMENTS)
+def test_metadata_is_not_overwritten_while_it_is_read(dtype, tmp_path):
     """wgmma reads its metadata registers while it runs; ptxas does not know, so the source waits in time."""
-    tile, dtype = MATMULS[name]
-    sass = instructions(compile.cubin("sparse_mm", tile.defines(dtype)), tmp_path)
+    sass = instructions(compile.cubin("sparse_mm", cuda.matmul_defines(dtype)), tmp_path)
     read, seen = set(), 0
     for line in sass:
         if product := re.search(r"HGMMA\.SP\S* R\d+, gdesc\[\w+\], R\d+, (?:!?UP\w+, )?(R\d+), 0x[01]", line):
@@ -92,19 +85,19 @@ def test_metadata_is_not_overwritten_while_it_is_read(name, tmp_path):
     assert seen == 8 and not read
 
 
-@pytest.mark.parametrize("name", [name for name in MATMULS if name.startswith("3")])
-def test_a_block_of_three_consumers_fits(name, tmp_path):
+@pytest.mark.parametrize("dtype", cuda.ELEMENTS)
+def test_a_block_of_three_consumers_fits(dtype, tmp_path):
     """It is launched with 128 registers a thread; what its parts take later adds up to what a multiprocessor has."""
-    tile, dtype = MATMULS[name]
-    code = compile.starting_with(compile.cubin("sparse_mm", tile.defines(dtype)), 128)
+    start = cuda.MATMUL_STARTS_WITH
+    code = compile.starting_with(compile.cubin("sparse_mm", cuda.matmul_defines(dtype)), start)
     sass = instructions(code, tmp_path)
     (take,), (give,) = (
         [i for i, line in enumerate(sass) if what in line] for what in ("USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC")
     )
     taken, kept = (int(sass[i].split()[-1], 16) for i in (take, give))
-    assert 128 * (3 * taken + kept) <= 65536 == 128 * tile.threads
-    for part, registers in ((sass[:take], 128), (reachable(sass, take), taken), (reachable(sass, give), kept)):
+    assert 128 * (3 * taken + kept) <= 65536 == start * cuda._MATMUL_THREADS
+    for part, registers in ((sass[:take], start), (reachable(sass, take), taken), (reachable(sass, give), kept)):
         assert len(part) > 50
         assert max(int(register) for line in part for register in re.findall(r"\bR(\d+)\b", line)) < registers
     with pytest.raises(RuntimeError, match="must hold one register count, got 0"):
-        compile.starting_with(b"no cubin", 128)
+        compile.starting_with(b"no cubin", start)

@@ -64,7 +64,7 @@ after(
     down.weight: f32[16, 32],
 ):
     linear = linear(arg0, up.weight, None)                               # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(linear)                   # f32[4, 16], u8[4, 4]
+    packed, metadata = ao_act24.relu2_sparsify(linear)                   # f32[4, 16], u8[16, 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, None)  # f32[4, 16]
     return (sparse_mm,)""",
         )
@@ -78,7 +78,7 @@ forward(
 ):
     t = aten.t(up.weight)                                          # f32[16, 32]
     mm = aten.mm(arg0, t)                                          # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                 # f32[4, 16], u8[4, 4]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                 # f32[4, 16], u8[16, 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight)  # f32[4, 16]
     return (sparse_mm,)""",
         )
@@ -96,7 +96,7 @@ forward(
 ):
     t = aten.t(up.weight)                                          # f32[16, 32]
     mm = aten.mm(arg0, t)                                          # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                 # f32[4, 16], u8[4, 4]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                 # f32[4, 16], u8[16, 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight)  # f32[4, 16]
     return (sparse_mm, arg0, down.weight, packed, metadata)""",
         )
@@ -107,7 +107,7 @@ backward(
     arg0: f32[4, 16],
     down.weight: f32[16, 32],
     packed: f32[4, 16],
-    metadata: u8[4, 4],
+    metadata: u8[16, 32],
     tangents_1: f32[4, 16],
 ):
     sampled_mm = ao_act24.sampled_mm(tangents_1, down.weight, metadata)  # f32[4, 16]
@@ -142,7 +142,7 @@ after(
     down.bias: f32[16],
 ):
     linear = linear(arg0, up.weight, up.bias)                                 # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(linear)                        # f32[4, 16], u8[4, 4]
+    packed, metadata = ao_act24.relu2_sparsify(linear)                        # f32[4, 16], u8[16, 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, down.bias)  # f32[4, 16]
     return (sparse_mm,)""",
         )
@@ -153,7 +153,7 @@ backward(
     arg0: f32[4, 16],
     down.weight: f32[16, 32],
     packed: f32[4, 16],
-    metadata: u8[4, 4],
+    metadata: u8[16, 32],
     tangents_1: f32[4, 16],
 ):
     sampled_mm = ao_act24.sampled_mm(tangents_1, down.weight, metadata)  # f32[4, 16]
@@ -192,7 +192,7 @@ after(
     down.weight: f32[16, 32],
 ):
     linear = linear(arg0, up.weight, None)                               # f32[s0, s1, 32]
-    packed, metadata = ao_act24.relu2_sparsify(linear)                   # f32[s0, s1, 16], u8[s0, s1, 4]
+    packed, metadata = ao_act24.relu2_sparsify(linear)                   # f32[s0, s1, 16], u8[16*(((s0*s1 + 15)//16)), 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, None)  # f32[s0, s1, 16]
     return (sparse_mm,)""",
         )
@@ -211,7 +211,7 @@ forward(
     view = aten.view(arg0, [mul, 16])                              # f32[s0*s1, 16]
     mm = aten.mm(view, t)                                          # f32[s0*s1, 32]
     _unsafe_view = aten._unsafe_view(mm, [s0, s1, 32])           # f32[s0, s1, 32]
-    packed, metadata = ao_act24.relu2_sparsify(_unsafe_view)       # f32[s0, s1, 16], u8[s0, s1, 4]
+    packed, metadata = ao_act24.relu2_sparsify(_unsafe_view)       # f32[s0, s1, 16], u8[16*(((s0*s1 + 15)//16)), 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight)  # f32[s0, s1, 16]
     return (sparse_mm, down.weight, view, packed, metadata, s0, s1, mul)""",
         )
@@ -236,7 +236,7 @@ wrap_body_0(
     mlp.down.weight: f32[16, 32],
 ):
     linear = linear(arg0, mlp.up.weight, None)                               # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(linear)                       # f32[4, 16], u8[4, 4]
+    packed, metadata = ao_act24.relu2_sparsify(linear)                       # f32[4, 16], u8[16, 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, mlp.down.weight, None)  # f32[4, 16]
     return (sparse_mm,)""",
         )
@@ -250,7 +250,7 @@ forward(
 ):
     t = aten.t(mlp.up.weight)                                          # f32[16, 32]
     mm = aten.mm(arg0, t)                                              # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                     # f32[4, 16], u8[4, 4]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                     # f32[4, 16], u8[16, 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, mlp.down.weight)  # f32[4, 16]
     add = aten.add(arg0, sparse_mm)                                    # f32[4, 16]
     return (add, arg0, mlp.up.weight, mlp.down.weight)""",
@@ -266,7 +266,7 @@ backward(
 ):
     t = aten.t(mlp.up.weight)                                                # f32[16, 32]
     mm = aten.mm(arg0, t)                                                    # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                           # f32[4, 16], u8[4, 4]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                           # f32[4, 16], u8[16, 32]
     sampled_mm = ao_act24.sampled_mm(tangents_1, mlp.down.weight, metadata)  # f32[4, 16]
     unpack = ao_act24.unpack(packed, metadata)                               # f32[4, 32]
     view = aten.view(tangents_1, [-1, 16])                                   # f32[4, 16]
@@ -301,7 +301,7 @@ forward(
     _to_copy_1 = aten._to_copy(arg0, dtype=torch.bfloat16)         # bf16[4, 16]
     t = aten.t(_to_copy)                                           # bf16[16, 32]
     mm = aten.mm(_to_copy_1, t)                                    # bf16[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                 # bf16[4, 16], u8[4, 4]
+    packed, metadata = ao_act24.relu2_sparsify(mm)                 # bf16[4, 16], u8[16, 32]
     _to_copy_2 = aten._to_copy(down.weight, dtype=torch.bfloat16)  # bf16[16, 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, _to_copy_2)   # bf16[4, 16]
     return (sparse_mm, _to_copy_1, packed, metadata, _to_copy_2)""",
@@ -337,7 +337,7 @@ after(
 ):
     linear = linear(arg0, up.weight, None)                               # bf16[2, 3, 32]
     reshape = reshape(linear, -1, 32)                                    # bf16[6, 32]
-    packed, metadata = ao_act24.relu2_sparsify(reshape)                  # bf16[6, 16], u8[6, 4]
+    packed, metadata = ao_act24.relu2_sparsify(reshape)                  # bf16[6, 16], u8[16, 32]
     sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, None)  # bf16[6, 16]
     return (sparse_mm,)""",
         )

@@ -39,7 +39,7 @@ def test_four_values(group, packed, code, dtype):
     got, metadata = reference.relu2_sparsify(torch.tensor(group, dtype=dtype))
     assert torch.equal(got.nan_to_num(nan=-1), torch.tensor(packed, dtype=dtype).nan_to_num(nan=-1))
     assert not torch.signbit(got[got == 0]).any(), "a zero is always +0"
-    assert metadata.tolist() == [code | layout.PADDING_CODE << 4]
+    assert layout.to_rows(metadata, 1, 4).tolist() == [[code | layout.PADDING_CODE << 4]]
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_pack_and_unpack(groups, dtype):
     want = relu2_24(h)
     assert torch.equal(dense.isnan(), want.isnan())
     assert torch.equal(dense.nan_to_num(1).view(bits), want.nan_to_num(1).view(bits)), "the right two, bit for bit"
-    codes = layout.codes(metadata, metadata.shape[-1] * 2)
-    assert set(codes.tolist()) <= set(layout.VALID_CODES), "valid codes only, padding included"
-    assert metadata.shape[-1] == layout.metadata_bytes(h.numel()) == -(-h.numel() // 8)
+    nibbles = torch.stack((metadata & 0xF, metadata >> 4))
+    assert set(nibbles.flatten().tolist()) <= set(layout.VALID_CODES), "valid codes only, padding included"
+    assert metadata.shape == layout.metadata_shape(h.shape) == (16, 32)
     assert torch.equal(reference.gather(dense, metadata).view(bits), packed.view(bits)), "the round trip is bit-exact"
     assert torch.equal(reference.unpack(*reference.sparsify(dense.nan_to_num())), dense.nan_to_num()), "2:4 is kept"
 
@@ -96,8 +96,30 @@ def test_shapes(tokens, groups, seed):
 def test_every_code_decodes_to_what_was_encoded():
     index = torch.tensor([[a, b] for a in range(4) for b in range(a + 1, 4)])
     metadata = layout.encode(index)
-    assert torch.equal(layout.decode(metadata, 6), index)
-    assert layout.codes(metadata, 6).sort().values.tolist() == list(layout.VALID_CODES)
+    assert torch.equal(layout.decode(metadata, (24,)), index)
+    assert layout.codes(metadata, (24,)).sort().values.tolist() == list(layout.VALID_CODES)
+
+
+@pytest.mark.parametrize("tokens, hidden_dim", [(1, 4), (16, 256), (17, 260), (100, 1000)])
+def test_layout_is_the_documented_one(tokens, hidden_dim):
+    """And what lies outside the tensor is padding."""
+    index = reference.two_largest(torch.randn(tokens, hidden_dim))
+    metadata = layout.encode(index)
+    assert metadata.shape == layout.metadata_shape((tokens, hidden_dim))
+    padding = 0
+    for token in range(metadata.shape[0]):
+        for group in range(2 * metadata.shape[1]):
+            entry = 4 * group
+            lane, word = 4 * (token % 8) + entry // 16 % 4, entry // 64 % 4
+            byte = entry // 256 * 512 + lane * 16 + word * 4 + token // 8 % 2 * 2 + entry // 8 % 2
+            code = int(metadata.view(-1, 16 * metadata.shape[1])[token // 16, byte]) >> 4 * (group % 2) & 0xF
+            if token < tokens and entry < hidden_dim:
+                first, second = index[token, group].tolist()
+                assert code == first | second << 2
+            else:
+                padding += 1
+                assert code == layout.PADDING_CODE
+    assert padding == metadata.numel() * 2 - tokens * hidden_dim // 4
 
 
 def test_cutlass_layout_is_the_documented_formula():

@@ -17,7 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from ao_act24 import Act24Config, Verdict
 from ao_act24.passes import examine, graph_modules, rewrite_graph
 
-TOKENS, MODEL_DIM, HIDDEN_DIM = 6, 8, 16
+TOKENS, MODEL_DIM, HIDDEN_DIM = (
+    6,
+    8,
+    64,
+)  # so wide that packed and metadata, padded, take less than the dense activation
 BF16 = torch.bfloat16
 
 

@@ -178,9 +178,9 @@ def test_cuda_is_refused_without_a_gpu(h, move):
 def test_bad_parts_are_refused(h):
     packed, metadata = ao_act24.ops.relu2_sparsify(h)
     with pytest.raises(ValueError, match="metadata"):
-        Sparse24Tensor(packed, metadata[:3])
+        Sparse24Tensor(packed, metadata[:1])
     with pytest.raises(ValueError, match="two dimensions"):
-        Sparse24Tensor(packed.view(4, 16, -1), metadata.view(4, 16, -1), True)
+        Sparse24Tensor(packed.view(4, 16, -1), metadata, True)
 
 
 def build_inside(h):
@@ -238,7 +238,7 @@ def test_torchao_float8_round_trip(h):
     theirs = s.to_torchao()
     assert type(theirs).__name__ == "Float8Sparse2x4_2DData2DMetadataTensor" and theirs.shape == s.shape
     assert torch.equal(theirs.scale.flatten(), s.packed.float().amax(-1) / 448)
-    assert torch.equal(layout.from_cutlass_sm90_fp8(theirs.sparse_metadata), s.metadata)
+    assert torch.equal(layout.from_rows(layout.from_cutlass_sm90_fp8(theirs.sparse_metadata)), s.metadata)
     back = Sparse24Tensor.from_torchao(theirs)
     assert torch.equal(back.metadata, s.metadata)
     torch.testing.assert_close(back.packed, s.packed, rtol=2**-3, atol=float(theirs.scale.max()) * 2**-9)

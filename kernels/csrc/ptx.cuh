@@ -13,6 +13,14 @@ struct alignas(64) TensorMap {  // CUtensorMap, opaque: what a bulk tensor copy 
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
+// Read anew: where a warpgroup starts with fewer registers than it takes later, the compiler must not keep across that in a
+// register that is not there yet what it has found out of the thread's index before.
+__device__ __forceinline__ u32 thread_index() {
+  u32 index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // The same value, of which the compiler no longer knows where it comes from.
 __device__ __forceinline__ int launder(int value) {
   asm volatile("" : "+r"(value));
@@ -138,17 +146,17 @@ __device__ __forceinline__ u64 matrix_descriptor(u32 shared) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLOATS_32(i) EIGHT_FLOATS(i), EIGHT_FLOATS(i + 8), EIGHT_FLOATS(i + 16), EIGHT_FLOATS(i + 24)
 
-// d (64 x 256) (+)= A (64 x 32, two of four stored) * B (256 x 32)^T. SELECTOR: which two threads of four give metadata.
-// The first product overwrites d: an initial value from elsewhere makes ptxas run all of them one by one (C7510).
+// d (64 x 256) += A (64 x 32, two of four stored) * B (256 x 32)^T. SELECTOR: which two threads of four give metadata.
+// d must start from plain zeros: an initial value from elsewhere makes ptxas run all products one by one (C7510).
 template <int SELECTOR>
-__device__ __forceinline__ void wgmma_sparse(float (&d)[128], u64 a, u64 b, u32 metadata, u32 accumulate) {
+__device__ __forceinline__ void wgmma_sparse(float (&d)[128], u64 a, u64 b, u32 metadata) {
   asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %131, 0;\n"
+      "{.reg .pred p; setp.eq.u32 p, 0, 0;\n"
       "wgmma.mma_async.sp.sync.aligned.m64n256k32.f32." ELEMENT "." ELEMENT
       " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
-      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, %130, %132, p, 1, 1, 0, 0;}"
+      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, %130, %131, p, 1, 1, 0, 0;}"
       : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64), FLOATS_32(96)
-      : "l"(a), "l"(b), "r"(metadata), "r"(accumulate), "n"(SELECTOR));
+      : "l"(a), "l"(b), "r"(metadata), "n"(SELECTOR));
 }
 
 // --- two 16-bit floats in a word
@@ -187,6 +195,22 @@ __device__ __forceinline__ uint4 load_streaming(const void* pointer) {
   asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(pointer));
+  return value;
+}
+
+// Always one instruction: the compiler splits a conditional one of four words.
+__device__ __forceinline__ void store_four(void* pointer, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+// The compiler may not move this over a wait: what it overwrites is read by wgmma until then.
+__device__ __forceinline__ uint4 load_metadata(const uint4* pointer) {
+  uint4 value;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer)
+               : "memory");
   return value;
 }
 

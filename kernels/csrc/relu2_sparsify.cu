@@ -42,19 +42,38 @@ __device__ __forceinline__ Kept keep_two_of_four(u32 w0, u32 w1, u32 w2, u32 w3)
   return {permute_bytes<0x5410>(value0, value1), permute_bytes<0x7632>(value0, value1), codes | codes >> 12};
 }
 
-// Rows of whole sixteens, 16 bytes aligned. gridDim.y rows at a time.
+// Where metadata keeps the codes of 16 columns of rows g and g + 8 of a block: a word of it. See layout.py.
+__device__ __forceinline__ i64 metadata_word(i64 block, i64 padded_columns, int g, i64 column) {
+  const int q = column / 16 % 4, word = column / 64 % 4;
+  return (block * (padded_columns / 256) + column / 256) * 128 + (g * 4 + q) * 4 + word;
+}
+
+// Rows of whole sixteens, 16 bytes aligned. A thread packs 16 columns of rows g and g + 8 of a block of 16 rows, gridDim.y
+// such pairs at a time. What lies outside is zeros, whose code is the one to pad with.
 extern "C" __global__ void __launch_bounds__(256)
-    relu2_sparsify(const u16* __restrict__ h, i64 row_stride, u16* __restrict__ packed, u8* __restrict__ metadata, i64 rows,
+    relu2_sparsify(const u16* __restrict__ h, i64 row_stride, u16* __restrict__ packed, u32* __restrict__ metadata, i64 rows,
                    i64 columns) {
-  const i64 column = 16 * ((i64)blockIdx.x * 256 + threadIdx.x);
-  if (column >= columns) return;
-  for (i64 row = blockIdx.y; row < rows; row += gridDim.y) {
-    const u16* from = h + row * row_stride + column;
-    const uint4 left = load_streaming(from), right = load_streaming(from + 8);
-    const Kept a = keep_two_of_four(left.x, left.y, left.z, left.w), b = keep_two_of_four(right.x, right.y, right.z, right.w);
-    const i64 at = row * columns + column;
-    *(uint4*)(packed + at / 2) = make_uint4(a.low, a.high, b.low, b.high);
-    *(u16*)(metadata + at / 8) = (u16)((a.codes & 0xFF) | b.codes << 8);
+  const i64 column = 16 * ((i64)blockIdx.x * 256 + threadIdx.x), padded_columns = (columns + 255) / 256 * 256;
+  if (column >= padded_columns) return;
+  for (i64 pair = blockIdx.y; pair < (rows + 15) / 16 * 8; pair += gridDim.y) {
+    const i64 row = pair / 8 * 16 + pair % 8;
+    const bool inside[2] = {row < rows && column < columns, row + 8 < rows && column < columns};
+    uint4 left[2] = {}, right[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u16* from = h + (row + 8 * half) * row_stride + column;
+      if (inside[half]) left[half] = load_streaming(from), right[half] = load_streaming(from + 8);
+    }
+    u32 codes[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Kept a = keep_two_of_four(left[half].x, left[half].y, left[half].z, left[half].w);
+      const Kept b = keep_two_of_four(right[half].x, right[half].y, right[half].z, right[half].w);
+      codes[half] = (a.codes & 0xFF) | (b.codes & 0xFF) << 8;
+      u16* to = packed + (row + 8 * half) * (columns / 2) + column / 2;
+      if (inside[half]) store_four(to, make_uint4(a.low, a.high, b.low, b.high));
+    }
+    metadata[metadata_word(pair / 8, padded_columns, pair % 8, column)] = codes[0] | codes[1] << 16;
   }
 }
 
@@ -62,20 +81,21 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256)
     relu2_sparsify_any(const u16* __restrict__ h, i64 row_stride, u16* __restrict__ packed, u8* __restrict__ metadata, i64 rows,
                        i64 columns) {
-  const i64 byte = (i64)blockIdx.x * 256 + threadIdx.x, bytes = (columns + 7) / 8;
-  if (byte >= bytes) return;
-  for (i64 row = blockIdx.y; row < rows; row += gridDim.y) {
-    const u16* from = h + row * row_stride + 8 * byte;
-    const bool two = 8 * byte + 8 <= columns;  // else one group, and the padding code 4, which four zeros give
+  const i64 column = 8 * ((i64)blockIdx.x * 256 + threadIdx.x), padded_columns = (columns + 255) / 256 * 256;
+  if (column >= padded_columns) return;
+  for (i64 row = blockIdx.y; row < (rows + 15) / 16 * 16; row += gridDim.y) {
+    const u16* from = h + row * row_stride + column;
+    const i64 left = row < rows ? columns - column : 0;  // else zeros, whose code is the one to pad with
     u32 w[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (i < 4 || two) w[i / 2] |= (u32)from[i] << (16 * (i % 2));
+      if (i < left) w[i / 2] |= (u32)from[i] << (16 * (i % 2));
     }
     const Kept kept = keep_two_of_four(w[0], w[1], w[2], w[3]);
-    u16* to = packed + row * (columns / 2) + 4 * byte;
-    to[0] = (u16)kept.low, to[1] = (u16)(kept.low >> 16);
-    if (two) to[2] = (u16)kept.high, to[3] = (u16)(kept.high >> 16);
-    metadata[row * bytes + byte] = (u8)kept.codes;
+    u16* to = packed + row * (columns / 2) + column / 2;
+    if (left > 0) to[0] = (u16)kept.low, to[1] = (u16)(kept.low >> 16);
+    if (left > 4) to[2] = (u16)kept.high, to[3] = (u16)(kept.high >> 16);
+    const i64 word = metadata_word(row / 16, padded_columns, row % 8, column);
+    metadata[4 * word + row % 16 / 8 * 2 + column / 8 % 2] = (u8)kept.codes;
   }
 }
