@@ -1,37 +1,47 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py            the whole table
-    python benchmarks/hopper.py --quick    90 % zeros, three shapes, default torch.compile only: about 2 minutes
+    python benchmarks/hopper.py                  the whole table and its plots: about 8 minutes
+    python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: under 2 minutes
+    python benchmarks/hopper.py --only kernels   one part of three (kernels, ffn, tokens); the file keeps the others
 
-Everything is timed in one process, in turn, on the same data, in bursts that are long enough to reach the power limit:
-``seconds`` of calls, a third of it again before each as warm-up, ``ROUNDS`` times. A figure is the median of the
-rounds. Clocks are as they come. A call reads and writes more than L2 holds, but for the smallest token counts. Zeros
-are natural: a bias shifts the first matmul's results. Writes ``benchmarks/results/hopper.json``, or ``hopper-quick``.
+Everything is timed in one process, in turn, on the same data. A figure is the median of rounds; a round is a burst of
+calls after a third as many for warming up, in the opposite order every other round. Bursts of matmuls and FFNs are long
+enough to reach the power limit. Clocks are as they come, and sampled. Energy is given for bursts of a second or more.
+
+L2: a call at the benchmark shapes reads and writes more than it holds. Of the FFNs for few tokens, the weights of
+1024 x 4096 (17 MB) stay in L2 from call to call, in all variants alike.
+
+Zeros are natural: a bias shifts the first matmul's results. cuSPARSELt multiplies without a bias, having none along D.
+After each shape all that was measured is written to ``benchmarks/results/hopper.json``, with ``--quick`` to
+``hopper-quick.json``; ``summary.py`` describes the form.
 """
 
 import argparse
-import ctypes
+import contextlib
+import functools
 import json
+import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import Meter, record
+from summary import FFN_SHAPES, MATMUL_SHAPES, Row, Shape, named, shape_of, show, summary
 from torch import Tensor, nn
 
 import ao_act24
-from ao_act24.fingerprint import source_digest
 from ao_act24.kernels import cuda, reference
 
-ROUNDS = 5
-SHAPES = [(8192, 2048, 8192), (8192, 4096, 16384), (32768, 4096, 16384), (8192, 8192, 32768)]
 SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
-FEW = [(2048, 8192), (1024, 4096), (4096, 16384), (8192, 32768)]
-TOKENS = [1, 16, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192]
+FEW_SIZES = [(2048, 8192), (1024, 4096), (4096, 16384), (8192, 32768)]
+TOKENS = [1, 4, 16, 64, 256, 512, 1024, 1536, 2048, 4096]
+HOST_AT = (16, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
+Runs = dict[str, Callable[[], object]]
 
 
 class FFN(nn.Module):
@@ -49,53 +59,33 @@ class FFN(nn.Module):
         return self.down(F.relu(self.up(x)).square())
 
 
-class Energy:
-    """The GPU's own count of joules; it moves every 20 to 100 ms."""
-
-    def __init__(self) -> None:
-        self.nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        self.nvml.nvmlInit_v2()
-        self.device = ctypes.c_void_p()
-        self.nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self.device))
-
-    def joules(self) -> float:
-        millijoules = ctypes.c_ulonglong()
-        self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.device, ctypes.byref(millijoules))
-        return millijoules.value / 1000
-
-    def clock_mhz(self) -> int:
-        clock = ctypes.c_uint()
-        self.nvml.nvmlDeviceGetClockInfo(self.device, 1, ctypes.byref(clock))
-        return clock.value
+def ffn_and_input(shape: Shape, zeros: int) -> tuple[FFN, Tensor]:
+    tokens, model_dim, hidden_dim = shape
+    return FFN(model_dim, hidden_dim, zeros), torch.randn(tokens, model_dim, device="cuda").bfloat16()
 
 
-def measure(runs: dict[str, Callable[[], object]], seconds: float, energy: Energy) -> dict[str, dict[str, object]]:
-    """Each of ``runs`` in turn: median and all samples in ms a call, joules a call, SM clock while it ran."""
+def in_turn(runs: Runs, seconds: float, rounds: int, meter: Meter | None = None) -> dict[str, Row]:
+    """Each of ``runs`` in bursts of about ``seconds``: ms a call; with ``meter`` the clock, watts and joules a call."""
     calls = {}
     for name, run in runs.items():
-        for _ in range(3):
-            run()
-        calls[name] = max(3, int(seconds * 1000 / _burst(run, 5)))
-    samples: dict[str, list[tuple[float, float, int]]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            _burst(run, calls[name] // 3)
-            before = energy.joules()
-            ms = _burst(run, calls[name])
-            samples[name].append((ms, (energy.joules() - before) / calls[name], energy.clock_mhz()))
-    result: dict[str, dict[str, object]] = {}
-    for name, all_of in samples.items():
-        ms, joules, clocks = (list(column) for column in zip(*all_of))
-        result[name] = {
-            "ms": statistics.median(ms),
-            "samples_ms": ms,
-            "joules": statistics.median(joules),
-            "mhz": clocks,
-        }
-    return result
+        burst(run, 3)
+        calls[name] = max(3, round(seconds * 1000 / burst(run, 5)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    metered: dict[str, list[tuple[int | None, float | None]]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in list(runs)[:: -1 if number % 2 else 1]:
+            burst(runs[name], calls[name] // 3)
+            if meter is None:
+                samples[name].append(burst(runs[name], calls[name]))
+                continue
+            with meter:
+                samples[name].append(burst(runs[name], calls[name]))
+            metered[name].append((meter.mhz(), meter.watts()))
+    return {name: row(name, "ms", samples[name], metered[name]) for name in runs}
 
 
-def _burst(run: Callable[[], object], calls: int) -> float:
+def burst(run: Callable[[], object], calls: int) -> float:
+    """Milliseconds a call."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -103,124 +93,211 @@ def _burst(run: Callable[[], object], calls: int) -> float:
         run()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / calls
+    return start.elapsed_time(end) / max(calls, 1)
 
 
-def compiled(ffn: FFN, x: Tensor, **how: object) -> Callable[[], Tensor]:
+def host_in_turn(runs: Runs, calls: int = 100, rounds: int = 21) -> dict[str, Row]:
+    """Host time of a call, in µs: how long it takes to hand it to the GPU."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            burst(run, 10)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            samples[name].append((time.perf_counter() - start) / calls * 1e6)
+    return {name: row(name, "µs", samples[name]) for name in runs}
+
+
+def row(what: str, unit: str, samples: list[float], metered: Sequence[tuple[int | None, float | None]] = ()) -> Row:
+    found: Row = {"what": what, "unit": unit, "median": statistics.median(samples)}
+    found |= {"min": min(samples), "max": max(samples), "samples": samples}
+    if metered:
+        joules = [watts * ms / 1000 for ms, (_, watts) in zip(samples, metered) if watts is not None]
+        found |= {"mhz": [mhz for mhz, _ in metered], "watts": [watts for _, watts in metered]}
+        found["joules"] = statistics.median(joules) if joules else None
+    return found
+
+
+def compiled(ffn: FFN, x: Tensor, **variants: dict[str, Any]) -> Runs:
+    """The FFN compiled in each way. Afresh: Dynamo bounds how often one ``forward`` is compiled."""
     torch._dynamo.reset()
-    model = torch.compile(ffn, fullgraph=True, dynamic=False, **how)
-    model(x)
-    return lambda: model(x)
+    runs: Runs = {}
+    for name, how in variants.items():
+        model = torch.compile(ffn, fullgraph=True, dynamic=False, **how)
+        model(x)
+        runs[name] = functools.partial(model, x)
+    return runs
 
 
-def host_us(run: Callable[[], object], calls: int = 200) -> float:
-    """Host time of a call: how long it takes to hand it to the GPU."""
-    best = float("inf")
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+def captured(run: Callable[[], object], calls: int) -> Callable[[], None]:
+    """``calls`` of it as one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         for _ in range(calls):
             run()
-        best = min(best, (time.perf_counter() - start) / calls * 1e6)
-    return best
+    return graph.replay
 
 
-def kernels(ffn: FFN, h: Tensor, seconds: float, energy: Energy) -> dict[str, dict[str, object]]:
+def cusparselt(pruned: Tensor, weight: Tensor) -> tuple[Callable[[], Tensor], tuple[int, int, int]]:
+    """cuSPARSELt's matmul with the fastest of what its searches find and its default, and which algorithm that is.
+
+    A search times each candidate once, and may end at one that takes twice as long. ``torch._cslt_sparse_mm_search``
+    moreover drops the split of K that its choice goes with.
+    """
+    compressed, b = torch._cslt_compress(pruned), weight.t()
+    algorithms = {(0, 1, -1)}
+    for _ in range(4):
+        algorithm, split_k, mode, _ = torch._C._cusparselt.mm_search(compressed, b, None, None, None, False)
+        algorithms |= {(algorithm, split_k, mode), (algorithm, 1, -1)}
+    timed = {}
+    for each in algorithms:
+        run = functools.partial(torch._cslt_sparse_mm, compressed, b, None, None, None, False, *each)
+        with contextlib.suppress(RuntimeError):  # not every algorithm goes without the split that was found for it
+            timed[each] = min(burst(run, 20) for _ in range(3)), run
+    best = min(timed, key=lambda each: timed[each][0])
+    return timed[best][1], best
+
+
+def check(what: str, got: Tensor, want: Tensor) -> None:
+    error = float((got.float() - want.float()).norm() / want.float().norm())
+    if not error < 0.01:
+        raise RuntimeError(f"{what} must be within 1 % of the dense product of the pruned data, got {error:.2%}")
+
+
+def cases(shapes: list[Shape], quick: bool) -> list[tuple[Shape, int]]:
+    """Shapes and percents of zeros."""
+    others = [] if quick else [(shape, zeros) for zeros in (50, 97) for shape in FFN_SHAPES[1:]]
+    return [(shape, 90) for shape in shapes] + others
+
+
+def kernels(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """Packing against a copy; the second matmul against cuBLAS and cuSPARSELt."""
-    y, w, b = F.relu(h).square(), ffn.down.weight, ffn.down.bias
-    packed, metadata = cuda.relu2_sparsify(h)
-    pruned, copy = reference.unpack(packed, metadata), torch.empty_like(h)
-    runs: dict[str, Callable[[], object]] = {
-        "matmul dense": lambda: F.linear(y, w, b),
-        "matmul 2:4": lambda: cuda.sparse_mm(packed, metadata, w, b),
-        "sparsify": lambda: cuda.relu2_sparsify(h),
-        "copy": lambda: copy.copy_(h),
-    }
-    try:
-        compressed = torch._cslt_compress(pruned)
-        algorithm = torch._cslt_sparse_mm_search(compressed, w.t())
-        runs["matmul cusparselt"] = lambda: torch._cslt_sparse_mm(compressed, w.t(), alg_id=algorithm)
-        runs["compress cusparselt"] = lambda: torch._cslt_compress(pruned)
-    except RuntimeError as error:
-        print("cuSPARSELt:", error)
-    table = measure(runs, seconds, energy)
-    for name, size in (("sparsify", 3.125), ("copy", 4.0)):
-        table[name]["TB/s"] = size * h.numel() / table[name]["ms"] / 1e9  # type: ignore[operator]
-    return table
+    for shape, zeros in cases(FFN_SHAPES if quick else MATMUL_SHAPES, quick):
+        ffn, x = ffn_and_input(shape, zeros)
+        h, w, b = ffn.up(x), ffn.down.weight, ffn.down.bias
+        y, copy = F.relu(h).square(), torch.empty_like(h)
+        packed, metadata = cuda.relu2_sparsify(h)
+        pruned = reference.unpack(packed, metadata)
+        check("sparse_mm", cuda.sparse_mm(packed, metadata, w, b), F.linear(pruned, w, b))
+        matmuls: Runs = {
+            "cuBLAS": functools.partial(F.linear, y, w, b),
+            "2:4": functools.partial(cuda.sparse_mm, packed, metadata, w, b),
+        }
+        packing: Runs = {
+            "pack": functools.partial(cuda.relu2_sparsify, h),
+            "copy": functools.partial(copy.copy_, h),
+        }
+        algorithm = None
+        if torch.backends.cusparselt.is_available():
+            theirs, algorithm = cusparselt(pruned, w)
+            check("cuSPARSELt", theirs(), F.linear(pruned, w))
+            matmuls["cuSPARSELt"] = theirs
+            packing["cuSPARSELt compress"] = functools.partial(torch._cslt_compress, pruned)
+        rounds = 5 if zeros == 90 else 3
+        timed = in_turn(matmuls, 0.15 if quick else 0.4, rounds, meter) | in_turn(packing, 0.05, rounds, meter)
+        sizes = {"pack": sum(t.nbytes for t in (h, packed, metadata)), "copy": 2 * h.nbytes}
+        for name, size in sizes.items():
+            timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
+        if algorithm:
+            timed["cuSPARSELt"]["algorithm"] = algorithm
+        yield placed(timed, shape, zeros)
 
 
-def whole_ffn(ffn: FFN, x: Tensor, seconds: float, energy: Energy, tuned: bool) -> dict[str, dict[str, object]]:
-    runs = {"ffn dense": compiled(ffn, x), "ffn 2:4": compiled(ffn, x, backend="ao_act24")}
-    if tuned:
-        runs["ffn dense tuned"] = compiled(ffn, x, mode="max-autotune-no-cudagraphs")
-    return measure(runs, seconds, energy)
+def whole_ffn(quick: bool, meter: Meter) -> Iterator[list[Row]]:
+    """The FFN, forward, against ``torch.compile``; at 90 % zeros in long bursts, for energy, and against autotuning."""
+    for shape, zeros in cases(FFN_SHAPES, quick):
+        ffn, x = ffn_and_input(shape, zeros)
+        variants: dict[str, dict[str, Any]] = {"dense": {}, "2:4": {"backend": "ao_act24"}}
+        if zeros == 90 and not quick:
+            variants["dense tuned"] = {"mode": "max-autotune-no-cudagraphs"}
+        runs = compiled(ffn, x, **variants)
+        seconds, rounds = (1.0, 3) if quick else (1.5, 4) if zeros == 90 else (0.4, 3)
+        yield placed(in_turn(runs, seconds, rounds, meter), shape, zeros)
 
 
-def few_tokens(model_dim: int, hidden_dim: int, seconds: float, energy: Energy) -> dict[str, object]:
-    """The FFN by number of tokens: what the rule chooses, and 2:4 always."""
-    ffn = FFN(model_dim, hidden_dim, 90)
+def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
+    """The FFN by number of tokens: dense, what the rule chooses, and 2:4 always; each also in a CUDA graph.
+
+    Launching binds below about 0.2 ms, and scatters: bursts are short, and rounds many.
+    """
+    warnings.simplefilter("ignore", ao_act24.Act24Warning)  # that all stays dense is what is measured
     always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
-    table: dict[str, object] = {}
-    for tokens in TOKENS:
-        x = torch.randn(tokens, model_dim, device="cuda").bfloat16()
-        runs = {"dense": compiled(ffn, x), "chosen": compiled(ffn, x, backend="ao_act24")}
-        runs["2:4"] = compiled(ffn, x, backend=always)
-        table[str(tokens)] = measure(runs, seconds, energy)
-        if tokens == 16:
-            table["host_us"] = {name: host_us(run) for name, run in runs.items()}
-    return table
+    variants: dict[str, dict[str, Any]] = {"dense": {}, "chosen": {"backend": "ao_act24"}, "2:4": {"backend": always}}
+    for model_dim, hidden_dim in FEW_SIZES[:1] if quick else FEW_SIZES:
+        for tokens in TOKENS[::2] + TOKENS[-1:] if quick else TOKENS:
+            shape = tokens, model_dim, hidden_dim
+            ffn, x = ffn_and_input(shape, 90)
+            runs = compiled(ffn, x, **variants)
+            timed = in_turn(runs, 0.005, 21)
+            calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
+            graphs: Runs = {f"{name} graph": captured(run, calls) for name, run in runs.items()}
+            for name, found in in_turn(graphs, 0.005, 21).items():
+                timed[name] = row(name, "ms", [ms / calls for ms in found["samples"]])
+            if shape == HOST_AT:
+                single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}
+                timed |= host_in_turn({f"host {name}": run for name, run in runs.items()} | single)
+            yield placed(timed, shape, 90)
 
 
-def output(*command: str) -> str:
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return run.stdout.strip()
+def placed(timed: dict[str, Row], shape: Shape, zeros: int) -> list[Row]:
+    at = dict(zip(("tokens", "model_dim", "hidden_dim"), shape))
+    return [{"what": found["what"], **at, "zeros": zeros, **found} for found in timed.values()]
+
+
+PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens}
+
+
+def line(found: Row) -> str:
+    joules = f"{found['joules']:8.3f} J" if found.get("joules") else ""
+    speed = f"{found['TB/s']:8.3f} TB/s" if "TB/s" in found else ""
+    where = f"{named(shape_of(found)):>22} {found['zeros']} %  {found['what']:20}"
+    return f"{where} {found['median']:9.4f} {found['unit']} ({found['min']:.4f}–{found['max']:.4f}) {joules}{speed}"
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """With each list of numbers on one line, six digits each."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[[\s\d.,e+null-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
+    text = re.sub(r"(?<![\w.])\d+\.\d{5,}(e-?\d+)?", lambda number: f"{float(number[0]):.6g}", text)
+    path.write_text(text + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     if reason := cuda.why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16):
         parser.error(reason)
-    energy, seconds = Energy(), 0.15 if arguments.quick else 0.4
-    query = "name,driver_version,power.limit,clocks.max.sm"
-    gpu = output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-    result: dict[str, object] = {
-        "command": " ".join(sys.argv),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": output("git", "rev-parse", "HEAD"),
-        "sources": source_digest(),
-        "seconds": seconds,
-        "rounds": ROUNDS,
-    }
     torch.set_grad_enabled(False)
-    for zeros in (90,) if arguments.quick else SHIFTS:
-        for tokens, model_dim, hidden_dim in SHAPES[:3] if arguments.quick or zeros != 90 else SHAPES:
-            ffn, x = FFN(model_dim, hidden_dim, zeros), torch.randn(tokens, model_dim, device="cuda").bfloat16()
-            table = kernels(ffn, ffn.up(x), seconds, energy)
-            table |= whole_ffn(ffn, x, 2 * seconds, energy, tuned=zeros == 90 and not arguments.quick)
-            result[f"{tokens}x{model_dim}x{hidden_dim} {zeros}% zeros"] = table
-            print(f"\nT x D x H = {tokens} x {model_dim} x {hidden_dim}, {zeros} % zeros")
-            for name, row in table.items():
-                speed = f"{row['TB/s']:.3f} TB/s" if "TB/s" in row else ""
-                print(f"  {name:20s} {row['ms']:9.4f} ms  {row['joules']:7.3f} J  {speed}", flush=True)
-    for model_dim, hidden_dim in FEW[:1] if arguments.quick else FEW:
-        table = few_tokens(model_dim, hidden_dim, seconds / 4, energy)
-        result[f"few tokens {model_dim}x{hidden_dim}"] = table
-        print(f"\nFFN {model_dim} x {hidden_dim} by tokens; host time {table['host_us']} us")
-        for tokens in map(str, TOKENS):
-            row = table[tokens]
-            print(
-                f"  {tokens:>6s}  " + "  ".join(f"{name} {timing['ms']:8.4f}" for name, timing in row.items()),
-                flush=True,
-            )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"hopper{'-quick' if arguments.quick else ''}.json").write_text(
-        json.dumps(result, indent=1) + "\n"
-    )
+    path = arguments.out / f"hopper{'-quick' if arguments.quick else ''}.json"
+    whole = arguments.only == list(PARTS)
+    result = json.loads(path.read_text()) if path.exists() and not whole else {}
+    result = {part: result[part] for part in PARTS if part in result}
+    command = "python benchmarks/hopper.py" + " --quick" * arguments.quick
+    command += "" if whole else f" --only {' '.join(arguments.only)}"
+    meter = Meter()
+    for part in arguments.only:
+        start = time.perf_counter()
+        rows: list[Row] = []
+        result[part] = {"record": record(command), "rows": rows}
+        for found in PARTS[part](arguments.quick, meter):
+            rows += found
+            print("\n".join(map(line, found)), flush=True)
+            result[part]["record"]["took_s"] = round(time.perf_counter() - start)
+            result["summary"] = summary(result)
+            save(result, path)
+    show(result["summary"])
+    print(f"written: {path}" + ", torch.compile in its default mode only" * arguments.quick)
+    try:
+        import plot
+    except ImportError as error:
+        print(f"no plots: {error}")
+    else:
+        plot.main(path)
 
 
 if __name__ == "__main__":

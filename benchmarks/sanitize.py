@@ -1,0 +1,158 @@
+"""Every kernel under compute-sanitizer's memcheck, racecheck and initcheck: ``python benchmarks/sanitize.py``.
+
+A small workload, checked against the reference, runs once for each tool and case, each in a process of its own: a
+crash ends one of them. Memory comes from cudaMalloc directly, so that memcheck knows where each tensor ends, and data
+from the CPU, so that only our kernels are looked at. Waits in kernels have no bound, since the tools slow them down:
+processes have one. The case ``planted`` reads what nobody wrote, and beyond its tensor: a tool that does not see that
+sees nothing.
+
+Prints a table, writes ``benchmarks/results/sanitizer.json``, and fails unless all is clean and the fault is caught.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from machine import ROOT, output, record
+
+from ao_act24.kernels import compile, cuda, reference
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+LIMIT_S = 170  # a run; those of one tool run side by side, so all end within 10 minutes
+DONE = "the workload is done"
+PACKING = [(65, 4112), (33, 100), (3, 12)]  # tokens, hidden_dim: of whole sixteens, and not
+# tokens, model_dim, hidden_dim: whole tiles and cut ones (72 or 75 for 66 clusters), and less than a tile
+MATMULS = {"sparse_mm, tall": [(3000, 2056, 704), (300, 264, 192)], "sparse_mm, short": [(1279, 3592, 704), (1, 8, 64)]}
+UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
+PLANTED = "planted"
+CASES = ("relu2_sparsify", *MATMULS, PLANTED)
+OURS = re.compile(r"\b(relu2_sparsify|relu2_sparsify_any|sparse_mm)\b")
+
+
+def workload(case: str) -> None:
+    cubin = compile.cubin
+    with mock.patch.object(compile, "cubin", lambda name, defines: cubin(name, {**defines, **UNBOUNDED})):
+        for dtype in cuda.ELEMENTS:
+            if case == PLANTED:
+                planted(dtype)
+            for tokens, hidden_dim in PACKING if case == "relu2_sparsify" else ():
+                packing(tokens, hidden_dim, dtype)
+            for tokens, model_dim, hidden_dim in MATMULS.get(case, ()):
+                matmul(tokens, model_dim, hidden_dim, dtype)
+    torch.cuda.synchronize()
+    print(DONE)
+
+
+def packing(tokens: int, hidden_dim: int, dtype: torch.dtype) -> None:
+    wide = torch.randn(tokens + 1, hidden_dim + 16).to(dtype)
+    for rows in (slice(tokens), slice(1, None)):
+        strided = wide[rows, 16:]
+        for h, on_gpu in ((strided, wide.cuda()[rows, 16:]), (strided, strided.contiguous().cuda())):
+            got, want = cuda.relu2_sparsify(on_gpu), reference.relu2_sparsify(h)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want))
+
+
+def matmul(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) -> None:
+    h, weight = torch.randn(tokens, hidden_dim).to(dtype), torch.randn(model_dim, hidden_dim).to(dtype)
+    bias = torch.randn(model_dim).to(dtype)
+    got = cuda.sparse_mm(*cuda.relu2_sparsify(h.cuda()), weight.cuda(), bias.cuda()).cpu().float()
+    want = reference.sparse_mm(*reference.relu2_sparsify(h), weight, bias).float()
+    assert (got - want).norm() < 0.01 * want.norm()
+
+
+def planted(dtype: torch.dtype) -> None:
+    h = torch.empty(64, 4096, dtype=dtype, device="cuda")
+    cuda.relu2_sparsify(h)
+    h.untyped_storage().resize_(h.nbytes // 2)
+    cuda.relu2_sparsify(h)
+
+
+def run(sanitizer: str, tool: str, case: str) -> dict[str, Any]:
+    """One case under one tool, in its own process group, which is killed after ``LIMIT_S``."""
+    options = "--target-processes application-only --report-api-errors no --show-backtrace no --print-limit 20"
+    command = [sanitizer, "--tool", tool, *options.split(), sys.executable, __file__, "--workload", case]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        text, ended = process.communicate(timeout=LIMIT_S)[0], True
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, ended = process.communicate()[0], False
+    found = {"tool": tool, "case": case, "seconds": round(time.perf_counter() - start)}
+    return found | judged(text.replace(str(ROOT), "."), ended, case == PLANTED)
+
+
+def judged(text: str, ended: bool = True, planted: bool = False) -> dict[str, Any]:
+    """What a tool's output says. Clean is only what ran to its end and counted no error."""
+    counts = [int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) errors?\b(?! were)", text)]
+    races = re.findall(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)", text)
+    counts += [int(errors) for errors, _ in races]
+    reports = re.findall(r"^========= (?!COMPUTE-SANITIZER|.*SUMMARY)(\S.*(?:\n=========  .*)*)", text, re.MULTILINE)
+    ours = [re.sub(r"\n=========\s*", "; ", report) for report in reports if OURS.search(report)]
+    errors = sum(counts) if counts else None
+    if planted:
+        state = "caught" if ours and errors else "missed"
+    elif not ended:
+        state = f"not done after {LIMIT_S} s"
+    elif errors:
+        state = f"{errors} errors"
+    else:
+        state = "clean" if errors == 0 and DONE in text else "broke off"
+    found = {"state": state, "errors": errors, "warnings": sum(int(n) for _, n in races), "ours": ours[:3]}
+    return found if state in ("clean", "caught") else {**found, "output": text.splitlines()[-40:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--workload", choices=CASES, help="run this case, as each tool does")
+    arguments = parser.parse_args()
+    if reason := cuda.why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16):
+        parser.error(reason)
+    if arguments.workload:
+        return workload(arguments.workload)
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not (version := re.search(r"[Vv]ersion (\S+)", output(sanitizer, "--version"))):
+        parser.error("compute-sanitizer must be on the PATH (it comes with the CUDA toolkit), found none")
+    result: dict[str, Any] = {"record": record("python benchmarks/sanitize.py"), "sanitizer": version[1], "runs": []}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for tool in TOOLS:
+        cases = [case for case in CASES if case != PLANTED or tool != "racecheck"]  # it looks at shared memory only
+        with ThreadPoolExecutor(len(cases)) as pool:
+            result["runs"] += pool.map(run, [sanitizer] * len(cases), [tool] * len(cases), cases)
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        (arguments.out / "sanitizer.json").write_text(text + "\n")
+    show(result["runs"])
+    sys.exit(any(found["state"] not in ("clean", "caught") for found in result["runs"]))
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tool", "case", "result", "warnings", "seconds", "first report of ours")
+    for found in runs:
+        cells = (found["tool"], found["case"], found["state"], found["warnings"], found["seconds"])
+        table.add_row(*map(str, cells), found["ours"][0] if found["ours"] else "")
+    Console(width=140).print(table)
+    for found in runs:
+        if "output" in found:
+            print(f"\n--- {found['tool']}, {found['case']}", *found["output"], sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The figures that were asked for, from a result of ``hopper.py``: ``python benchmarks/summary.py RESULT.json``.
+
+A result has up to three parts, ``kernels``, ``ffn`` and ``tokens``, each with the ``record`` of its run and ``rows``.
+A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros`` (percent), ``samples`` (one a
+round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they could be measured.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Shape = tuple[int, int, int]  # tokens, model_dim, hidden_dim
+
+FFN_SHAPES: list[Shape] = [(8192, 2048, 8192), (8192, 4096, 16384), (32768, 4096, 16384)]
+MATMUL_SHAPES: list[Shape] = [*FFN_SHAPES, (8192, 8192, 32768)]
+REQUIRED: dict[str, dict[Shape, float]] = {
+    "matmul over cuBLAS": {(8192, 4096, 16384): 1.42, (32768, 4096, 16384): 1.52},
+    "matmul over cuSPARSELt": dict.fromkeys(MATMUL_SHAPES, 1.03),
+    "packing over a copy, bytes/s": dict.fromkeys(MATMUL_SHAPES, 0.88),
+    "FFN over torch.compile": dict(zip(FFN_SHAPES, (1.12, 1.12, 1.18))),
+}
+AIM = {
+    "matmul over cuBLAS": 1.60,
+    "matmul over cuSPARSELt": 1.15,
+    "packing over a copy, bytes/s": 0.93,
+    "FFN over torch.compile": 1.25,
+    "FFN energy, dense over 2:4": 1.25,
+}
+MOST_TOKENS = 2048  # up to which few tokens must not be slower than dense
+LEAST_FEW, MOST_HOST_US = 0.98, 15.0
+
+
+def shape_of(row: Row) -> Shape:
+    return row["tokens"], row["model_dim"], row["hidden_dim"]
+
+
+def named(shape: Shape) -> str:
+    return " × ".join(map(str, shape))
+
+
+def rows(result: dict[str, Any], part: str, zeros: int = 90) -> dict[Shape, dict[str, Row]]:
+    """The part's rows by shape and by what was timed; none if it was not measured."""
+    found: dict[Shape, dict[str, Row]] = {}
+    for row in result.get(part, {}).get("rows", ()):
+        if row["zeros"] == zeros:
+            found.setdefault(shape_of(row), {})[row["what"]] = row
+    return found
+
+
+def best_dense(timed: dict[str, Row]) -> Row:
+    """Of ``torch.compile``'s modes the faster one."""
+    return min((row for what, row in timed.items() if what.startswith("dense")), key=lambda row: row["median"])
+
+
+def ratio(timed: dict[str, Row], baseline: str, ours: str = "2:4") -> float | None:
+    """How many times as fast ``ours`` is; None where either was not measured."""
+    if baseline not in timed or ours not in timed:
+        return None
+    return timed[baseline]["median"] / timed[ours]["median"]
+
+
+def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each figure: ``required`` (None: to be reported), ``reached``, and whether more or less is better."""
+    figures = []
+
+    def add(figure: str, at: Shape | str, reached: float | None, required: float | None, at_least: bool = True) -> None:
+        if reached is not None:
+            met = None if required is None else reached >= required if at_least else reached <= required
+            size = at if isinstance(at, str) else named(at)
+            row = {"figure": figure, "at": size, "required": required, "aim": AIM.get(figure), "reached": reached}
+            figures.append({**row, "better": "more" if at_least else "less", "met": met})
+
+    def add_ratio(figure: str, at: Shape, reached: float | None) -> None:
+        add(figure, at, reached, REQUIRED.get(figure, {}).get(at))
+
+    matmuls = rows(result, "kernels")
+    for baseline in ("cuBLAS", "cuSPARSELt"):
+        for shape, timed in matmuls.items():
+            add_ratio(f"matmul over {baseline}", shape, ratio(timed, baseline))
+    for shape, timed in matmuls.items():
+        if "cuSPARSELt" in timed:
+            theirs = timed["cuSPARSELt"]["median"] + timed["cuSPARSELt compress"]["median"]
+            ours = timed["2:4"]["median"] + timed["pack"]["median"]
+            add_ratio("packing and matmul over cuSPARSELt's", shape, theirs / ours)
+    for shape, timed in matmuls.items():
+        add_ratio("packing over a copy, bytes/s", shape, timed["pack"]["TB/s"] / timed["copy"]["TB/s"])
+    ffns = rows(result, "ffn")
+    for shape, timed in ffns.items():
+        add_ratio("FFN over torch.compile", shape, best_dense(timed)["median"] / timed["2:4"]["median"])
+    for shape, timed in ffns.items():
+        dense, sparse = best_dense(timed)["joules"], timed["2:4"]["joules"]
+        if dense is not None and sparse is not None:
+            add_ratio("FFN energy, dense over 2:4", shape, dense / sparse)
+    by_tokens = rows(result, "tokens")
+    for how in ("", " graph"):
+        few = [
+            (ratio(timed, f"dense{how}", f"chosen{how}"), at) for at, timed in by_tokens.items() if at[0] <= MOST_TOKENS
+        ]
+        if few:
+            slowest, shape = min(few)
+            figure = "FFN of few tokens over dense" + (", in a CUDA graph" if how else "")
+            add(f"{figure}: least", shape, slowest, LEAST_FEW)
+    for how in ("host", "host graph"):
+        for shape, timed in by_tokens.items():
+            if f"{how} 2:4" in timed:
+                added = timed[f"{how} 2:4"]["median"] - timed[f"{how} dense"]["median"]
+                figure = "host time that 2:4 adds, µs" + (", replaying a CUDA graph" if "graph" in how else "")
+                add(figure, shape, added, MOST_HOST_US, at_least=False)
+    return figures
+
+
+def show(figures: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "T × D × H", "required", "aim", "reached", "")
+    for row in figures:
+        sign = "≥" if row["better"] == "more" else "≤"
+        bounds = [f"{sign} {row[bound]:g}" if row[bound] is not None else "" for bound in ("required", "aim")]
+        verdict = {None: "", True: "[green]yes", False: "[red]no"}[row["met"]]
+        table.add_row(row["figure"], row["at"], *bounds, f"{row['reached']:.3f}", verdict)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    show(summary(json.loads(Path(sys.argv[1]).read_text())))

@@ -1,0 +1,193 @@
+"""The parts of the benchmarks that need no GPU: arithmetic on results, pictures, and reading what a sanitizer prints.
+
+Every figure here is made up.
+"""
+
+import json
+import subprocess
+
+import hopper
+import machine
+import plot
+import pytest
+import sanitize
+import torch
+from summary import FFN_SHAPES, MATMUL_SHAPES, show, summary
+
+from ao_act24.kernels import compile, cuda
+
+HOST = (16, 2048, 8192)
+
+
+def timed(shape, zeros=90, **ms):
+    """Rows of what took how many ms: a name's underscores are spaces, and ``x24`` is 2:4."""
+    names = {name: name.replace("_", " ").replace("x24", "2:4") for name in ms}
+    found = {names[name]: hopper.row(names[name], "ms", [1.01 * ms[name], ms[name], 0.98 * ms[name]]) for name in ms}
+    return hopper.placed(found, shape, zeros)
+
+
+@pytest.fixture
+def made_up():
+    kernels, ffns, tokens = [], [], []
+    for zeros in (50, 90, 97):
+        for shape in MATMUL_SHAPES if zeros == 90 else FFN_SHAPES[1:]:
+            kernels += timed(
+                shape, zeros, cuBLAS=1.5, x24=1.0, cuSPARSELt=1.02, cuSPARSELt_compress=3, pack=0.1, copy=0.12
+            )
+            kernels[-2]["TB/s"], kernels[-1]["TB/s"] = 3.8, 4.0
+        for shape in FFN_SHAPES if zeros == 90 else FFN_SHAPES[1:]:
+            ffns += timed(shape, zeros, dense=2.5, dense_tuned=2.4, x24=2.0)
+            for row, joules in zip(ffns[-3:], (1.7, 1.5, 1.2)):
+                row["joules"] = joules
+    for shape, chosen in ((HOST, 0.1), ((1024, 4096, 16384), 0.12), ((4096, 4096, 16384), 0.05)):
+        tokens += timed(shape, dense=0.1, chosen=chosen, x24=0.2, dense_graph=0.1, chosen_graph=0.1, x24_graph=0.1)
+    tokens += timed(HOST, host_dense=50, host_x24=70, host_graph_dense=6, host_graph_x24=7)
+    parts = {"kernels": kernels, "ffn": ffns, "tokens": tokens}
+    return {part: {"record": {"gpu": "made up"}, "rows": rows} for part, rows in parts.items()}
+
+
+def test_summary(made_up, capsys):
+    figures = summary(made_up)
+    reached = {(row["figure"], row["at"]): (row["reached"], row["required"], row["met"]) for row in figures}
+    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2
+    middle = "8192 × 4096 × 16384"
+    assert reached["matmul over cuBLAS", middle] == (1.5, 1.42, True)
+    assert reached["matmul over cuBLAS", "8192 × 2048 × 8192"] == (1.5, None, None)
+    assert reached["matmul over cuSPARSELt", middle] == (1.02, 1.03, False)
+    assert reached["packing and matmul over cuSPARSELt's", middle] == (pytest.approx(4.02 / 1.1), None, None)
+    assert reached["packing over a copy, bytes/s", middle] == (pytest.approx(0.95), 0.88, True)
+    assert reached["FFN over torch.compile", middle] == (pytest.approx(1.2), 1.12, True), "the better mode counts"
+    assert reached["FFN energy, dense over 2:4", middle] == (pytest.approx(1.25), None, None)
+    few = "FFN of few tokens over dense"
+    assert reached[f"{few}: least", "1024 × 4096 × 16384"] == (pytest.approx(0.1 / 0.12), 0.98, False)
+    assert reached[f"{few}, in a CUDA graph: least", "16 × 2048 × 8192"] == (1, 0.98, True)
+    host = "host time that 2:4 adds, µs"
+    assert reached[host, "16 × 2048 × 8192"] == (20, 15, False)
+    assert reached[f"{host}, replaying a CUDA graph", "16 × 2048 × 8192"] == (1, 15, True)
+    show(figures)
+    assert "≥ 1.42" in capsys.readouterr().out
+    assert not summary({}), "parts that were not measured are left out"
+
+
+def test_pictures(made_up, tmp_path):
+    path = tmp_path / "made-up.json"
+    hopper.save(made_up, path)
+    written = plot.main(path)
+    assert [picture.name for picture in written] == [f"made-up-{name}.png" for name in ("speed", "tokens", "zeros")]
+    assert all(picture.stat().st_size > 10_000 for picture in written)
+    hopper.save({"tokens": made_up["tokens"]}, path)
+    assert len(plot.main(path)) == 1
+
+
+def test_results_are_short_and_the_same_when_read_again(made_up, tmp_path):
+    made_up["ffn"]["rows"][0]["watts"] = [700.123456789, None, 1.23456789e-05]
+    hopper.save(made_up, tmp_path / "made-up.json")
+    text = (tmp_path / "made-up.json").read_text()
+    assert "[ 700.123, null, 1.23457e-05 ]" in text
+    assert [row["what"] for row in json.loads(text)["ffn"]["rows"]] == [row["what"] for row in made_up["ffn"]["rows"]]
+
+
+def test_power_is_taken_between_steps_of_the_counter():
+    # it stands at what was drawn up to its last step: of 700 W, every 0.1 s
+    samples = [(at / 200, 70.0 * (at // 20), 1500) for at in range(7, 300)]
+    assert machine.mean_watts(samples) == pytest.approx(700)
+    assert machine.mean_watts(samples[:100]) is None, "two far steps are needed"
+    assert machine.mean_watts([]) is None
+
+
+def test_a_commit_is_a_checkouts_own(tmp_path):
+    assert machine.commit(tmp_path) == "unknown"
+
+    def git(*command):
+        who = ("-c", "user.name=a", "-c", "user.email=a")
+        subprocess.run(("git", "-C", tmp_path, *who, *command), check=True, capture_output=True)
+
+    git("init", "-q")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "1")
+    commit = machine.commit(tmp_path)
+    assert len(commit) == 40
+    assert machine.commit(tmp_path / "kernels") == "unknown", "inside of another repository"
+    (tmp_path / "result.json").write_text("")
+    assert machine.commit(tmp_path) == commit
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert machine.commit(tmp_path) == f"{commit}-changed"
+
+
+def test_the_short_run_measures_host_time():
+    assert hopper.HOST_AT[0] in hopper.TOKENS[::2] and hopper.HOST_AT[1:] == hopper.FEW_SIZES[0]
+
+
+CLEAN = f"========= COMPUTE-SANITIZER\n{sanitize.DONE}\n========= ERROR SUMMARY: 0 errors\n"
+INVALID = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 16 bytes
+=========     at relu2_sparsify+0x110
+=========     by thread (0,0,0) in block (3,0,0)
+=========     Address 0x7f0000 is out of bounds
+=========
+========= Error: Target application returned an error
+========= ERROR SUMMARY: 256 errors
+========= ERROR SUMMARY: 236 errors were not printed. Use --print-limit option to adjust the number of printed errors
+"""
+RACE = f"""========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at sparse_mm+0x140
+=========     and Read access at sparse_mm+0xe0 [4 hazards]
+{sanitize.DONE}
+========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "state", "errors", "ours"),
+    [
+        (CLEAN, {}, "clean", 0, 0),
+        (CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"), {},
+         "clean", 0, 0),
+        (CLEAN.replace(sanitize.DONE, "Traceback"), {}, "broke off", 0, 0),
+        (f"{sanitize.DONE}\n", {}, "broke off", None, 0),
+        (CLEAN, {"ended": False}, f"not done after {sanitize.LIMIT_S} s", 0, 0),
+        (INVALID, {}, "256 errors", 256, 1),
+        (RACE, {}, "1 errors", 1, 1),
+        (INVALID, {"planted": True}, "caught", 256, 1),
+        (INVALID.replace("relu2_sparsify", "fill_kernel"), {"planted": True}, "missed", 256, 0),
+        (CLEAN, {"planted": True}, "missed", 0, 0),
+    ],
+)  # fmt: skip
+def test_sanitizer_output(text, more, state, errors, ours):
+    found = sanitize.judged(text, **more)
+    assert (found["state"], found["errors"], len(found["ours"])) == (state, errors, ours)
+    assert ("output" in found) == (state not in ("clean", "caught"))
+    if text == RACE:
+        assert found["warnings"] == 1
+        assert found["ours"][0].endswith("sparse_mm+0x140; and Read access at sparse_mm+0xe0 [4 hazards]")
+    sanitize.show([{"tool": "memcheck", "case": "x", "seconds": 1, **found}])
+
+
+def test_a_sanitizer_that_hangs_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "sanitizer").write_text("#!/bin/sh\necho $2 $*\nsleep 60\n")
+    (tmp_path / "sanitizer").chmod(0o700)
+    monkeypatch.setattr(sanitize, "LIMIT_S", 0.3)
+    found = sanitize.run(str(tmp_path / "sanitizer"), "racecheck", "relu2_sparsify")
+    assert (found["state"], found["seconds"]) == ("not done after 0.3 s", 0)
+    assert (
+        found["output"][0].startswith("racecheck --tool racecheck")
+        and "--workload relu2_sparsify" in found["output"][0]
+    )
+
+
+def test_the_sanitizers_see_every_kernel():
+    tiles = {name: {cuda.choose_tile(size[0]) for size in sizes} for name, sizes in sanitize.MATMULS.items()}
+    assert tiles == {"sparse_mm, tall": {cuda.TALL}, "sparse_mm, short": {cuda.SHORT}}
+    source = "".join(path.read_text() for path in compile.CSRC.glob("*.cu"))
+    assert all(sanitize.OURS.search(entry) for entry in ("relu2_sparsify", "relu2_sparsify_any", "sparse_mm"))
+    assert source.count('extern "C" __global__') == 3
+
+
+def test_a_wait_without_a_bound(tmp_path, monkeypatch):
+    """The macro reaches the kernel: without the bound there is nothing to trap."""
+    monkeypatch.setenv("AO_ACT24_CACHE_DIR", str(tmp_path))
+    defines = cuda.SHORT.defines(torch.bfloat16)
+    bounded, unbounded = (compile.cubin("sparse_mm", {**defines, **more}) for more in ({}, sanitize.UNBOUNDED))
+    assert bounded != unbounded
