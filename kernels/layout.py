@@ -15,16 +15,16 @@ In row-major form (``to_rows``, ``from_rows``) two codes share a byte, the first
     bytes     byte 0: code(group 0) | code(group 1) << 4        ceil(hidden_dim / 8) bytes
               byte 1: code(group 2) | 4 << 4                    padding is code 4: every stored code is a valid one
 
-``metadata`` holds these bytes in the order in which a warp hands them to ``wgmma.sp`` (16-bit types), so that each thread
-reads what it needs at once and all threads together read whole lines. All leading dimensions count as tokens. 16
-tokens by 256 entries make a block of 512 bytes; blocks follow each other along ``hidden_dim``, then along tokens::
+``metadata`` holds these bytes in the order in which a warp hands them to ``wgmma.sp`` (16-bit types), so that each
+thread reads what it needs at once and all threads together read whole lines. All leading dimensions count as tokens.
+16 tokens by 256 entries make a block of 512 bytes; blocks follow each other along ``hidden_dim``, then along tokens::
 
     in a block, lane 4 g + q (g < 8, q < 4) holds 16 bytes: four words, one for each 64 entries
     word s:  low half   the codes of token g,     entries 64 s + 16 q ... + 15
              high half  the codes of token g + 8, the same entries
 
-so ``metadata`` is ``uint8`` of shape ``[tokens, hidden_dim / 8]``, rounded up to multiples of 16 and 32; but its bytes do not
-lie in rows. Code outside ``kernels`` treats it as opaque and asks ``metadata_shape``.
+so ``metadata`` is ``uint8`` of shape ``[tokens, hidden_dim / 8]``, rounded up to multiples of 16 and 32; but its bytes
+do not lie in rows. Code outside ``kernels`` treats it as opaque and asks ``metadata_shape``.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The work of ``sparse_mm``, shared out: every group of every tile once, in equal pieces, and nobody waits in a circle."""
+"""The work of ``sparse_mm``, shared out: every group of every tile once, in equal pieces; nobody waits in a circle."""
 
 import collections
 
@@ -28,7 +28,7 @@ def segments(shape, cluster, clusters):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_group_of_every_tile_once(sizes):
-    tokens, model_dim, hidden_dim, clusters = sizes
+    tokens, *_, clusters = sizes
     shape, at_work = schedule.share_out(*sizes)
     rows = shape.row_clusters * CLUSTER * TILE_ROWS
     assert rows + shape.last_height * CLUSTER * 64 >= tokens and shape.last_height < 3
