@@ -32,8 +32,10 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 LIMIT_S = 170  # a run; those of one tool run side by side, so all end within 10 minutes
 DONE = "the workload is done"
 PACKING = [(65, 4112), (33, 100), (3, 12)]  # tokens, hidden_dim: of whole sixteens, and not
-# tokens, model_dim, hidden_dim: whole tiles and cut ones (72 or 75 for 66 clusters), and less than a tile
-MATMULS = {"sparse_mm, tall": [(3000, 2056, 704), (300, 264, 192)], "sparse_mm, short": [(1279, 3592, 704), (1, 8, 64)]}
+MATMULS = {  # tokens, model_dim, hidden_dim
+    "sparse_mm, whole tiles": [(3000, 2056, 704)],  # 72 for 66 clusters: the last six are cut
+    "sparse_mm, lower tiles": [(1279, 3592, 704), (200, 264, 192), (1, 8, 64)],  # below whole ones, and alone
+}
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
 PLANTED = "planted"
 CASES = ("relu2_sparsify", *MATMULS, PLANTED)

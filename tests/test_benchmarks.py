@@ -14,7 +14,7 @@ import sanitize
 import torch
 from summary import FFN_SHAPES, MATMUL_SHAPES, show, summary
 
-from ao_act24.kernels import compile, cuda
+from ao_act24.kernels import compile, cuda, schedule
 
 HOST = (16, 2048, 8192)
 
@@ -178,8 +178,9 @@ def test_a_sanitizer_that_hangs_is_ended(tmp_path, monkeypatch):
 
 
 def test_the_sanitizers_see_every_kernel():
-    tiles = {name: {cuda.choose_tile(size[0]) for size in sizes} for name, sizes in sanitize.MATMULS.items()}
-    assert tiles == {"sparse_mm, tall": {cuda.TALL}, "sparse_mm, short": {cuda.SHORT}}
+    shapes = [schedule.share_out(*size, 66)[0] for sizes in sanitize.MATMULS.values() for size in sizes]
+    assert any(shape.rounds and schedule.is_cut(shape) for shape in shapes)
+    assert {shape.last_height for shape in shapes} == {0, 1, 2}
     source = "".join(path.read_text() for path in compile.CSRC.glob("*.cu"))
     assert all(sanitize.OURS.search(entry) for entry in ("relu2_sparsify", "relu2_sparsify_any", "sparse_mm"))
     assert source.count('extern "C" __global__') == 3
@@ -188,6 +189,6 @@ def test_the_sanitizers_see_every_kernel():
 def test_a_wait_without_a_bound(tmp_path, monkeypatch):
     """The macro reaches the kernel: without the bound there is nothing to trap."""
     monkeypatch.setenv("AO_ACT24_CACHE_DIR", str(tmp_path))
-    defines = cuda.SHORT.defines(torch.bfloat16)
+    defines = cuda.matmul_defines(torch.bfloat16)
     bounded, unbounded = (compile.cubin("sparse_mm", {**defines, **more}) for more in ({}, sanitize.UNBOUNDED))
     assert bounded != unbounded
