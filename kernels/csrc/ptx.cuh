@@ -119,6 +119,16 @@ __device__ __forceinline__ void copy_box_to(u16 blocks, u32 shared, const Tensor
       : "memory");
 }
 
+// The same of a tensor of five dimensions.
+__device__ __forceinline__ void copy_box_to(u16 blocks, u32 shared, const TensorMap& map, int i0, int i1, int i2, int i3, int i4,
+                                            u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared),
+      "l"(&map), "r"(i0), "r"(i1), "r"(i2), "r"(i3), "r"(i4), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 // --- registers: what a warpgroup gives up, another may take
 
 template <int COUNT>
@@ -165,6 +175,17 @@ __device__ __forceinline__ void wgmma_sparse(float (&d)[128], u64 a, u64 b, u32 
       : "l"(a), "l"(b), "r"(metadata), "n"(SELECTOR));
 }
 
+// d (64 x 256) += A (64 x 16) * B (256 x 16)^T.
+__device__ __forceinline__ void wgmma_dense(float (&d)[128], u64 a, u64 b) {
+  asm volatile(
+      "{.reg .pred p; setp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." ELEMENT "." ELEMENT
+      " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, p, 1, 1, 0, 0;}"
+      : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64), FLOATS_32(96)
+      : "l"(a), "l"(b));
+}
+
 // --- two 16-bit floats in a word
 
 __device__ __forceinline__ u32 pack_floats(float low, float high) {
@@ -181,6 +202,16 @@ __device__ __forceinline__ float to_float(u16 value) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
   }
   return result;
+}
+
+__device__ __forceinline__ float low_float(u32 word) { return to_float((u16)word); }
+__device__ __forceinline__ float high_float(u32 word) { return to_float((u16)(word >> 16)); }
+
+// max(x, 0) of each, rounded; as `relu` of what `pack_floats` gives.
+__device__ __forceinline__ u32 pack_floats_relu(float low, float high) {
+  u32 word;
+  asm("cvt.rn.relu." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
 }
 
 // max(x, 0), a NaN becoming the positive one: afterwards the halves order as unsigned integers.
@@ -218,6 +249,22 @@ __device__ __forceinline__ uint4 load_metadata(const uint4* pointer) {
                : "l"(pointer)
                : "memory");
   return value;
+}
+
+// Two of them. Volatile: else all such loads of a kernel are moved to its front, for which there are no registers.
+__device__ __forceinline__ u32 load_two(const u16* pointer) {
+  u32 word;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(pointer));
+  return word;
+}
+
+// Sixteen 16-bit floats.
+__device__ __forceinline__ void load_eight(u32 (&words)[8], const u16* pointer) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const uint4 four = __ldg((const uint4*)(pointer + 2 * i));
+    words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+  }
 }
 
 // Four bytes chosen from eight; a selector of 8 + i repeats the sign of byte i (__byte_perm cannot).

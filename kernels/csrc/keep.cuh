@@ -1,0 +1,37 @@
+// Which two of four to keep, for two groups at once: one in the low and one in the high halves of words.
+//
+// For a group k0 k1 k2 k3 (relu already applied, so the bits order as integers) the two largest, ties to the lower index:
+//   {0, 1}  if min(k0, k1) >= max(k2, k3)
+//   {2, 3}  if min(k2, k3) >  max(k0, k1)
+//   else the larger of each half: k0 if k0 >= k1, k2 if k2 >= k3.
+#pragma once
+
+#include "ptx.cuh"
+
+constexpr u32 TOP = 0x80008000u;
+
+// The top bit of each half is set where a >= b. Halves below 0x8000.
+__device__ __forceinline__ u32 at_least(u32 a, u32 b) { return (a | TOP) - b; }
+
+// All bits of each half from its top bit.
+__device__ __forceinline__ u32 spread(u32 word) { return permute_bytes<0xBB99>(word, 0); }
+
+__device__ __forceinline__ u32 choose(u32 mask, u32 yes, u32 no) { return (yes & mask) | (no & ~mask); }
+
+struct Kept {
+  u32 first, second;  // squared
+  u32 codes;          // 4 bits of each half
+};
+
+__device__ __forceinline__ Kept keep_two_of_four(u32 k0, u32 k1, u32 k2, u32 k3) {
+  const u32 max01 = __vmaxu2(k0, k1), min01 = __vminu2(k0, k1), max23 = __vmaxu2(k2, k3), min23 = __vminu2(k2, k3);
+  const u32 both01 = at_least(min01, max23), not23 = at_least(max01, min23);
+  const u32 first0 = at_least(k0, k1), first2 = at_least(k2, k3);
+  // The bits of idx0 and idx1, each in the top bit of a half.
+  const u32 low0 = ~first0 & ~both01 & not23, high0 = ~not23;
+  const u32 low1 = both01 | ~first2 | ~not23, high1 = ~both01;
+  const u32 value0 = choose(spread(high0), k2, choose(spread(low0), k1, k0));
+  const u32 value1 = choose(spread(high1), choose(spread(low1), k3, k2), k1);
+  const u32 codes = (low0 & TOP) >> 15 | (high0 & TOP) >> 14 | (low1 & TOP) >> 13 | (high1 & TOP) >> 12;
+  return {square(value0), square(value1), codes};
+}

@@ -1,0 +1,96 @@
+// packed, metadata = the two largest of every four relu(h)^2, h = x[T, D] @ weight[H, D]^T + bias[H] rounded to 16-bit floats:
+// a matmul (see tiles.cuh) whose result never goes to memory but packed.
+//
+// wgmma leaves columns 8a + 2q and 8a + 2q + 1 with thread q of a quad. The rows of `weight` are brought in in another order,
+// which costs nothing, the copy engine taking them as an array of five dimensions: row 16q + 2a + b of every 64 comes to lie
+// at 8a + 2q + b. So thread q holds columns 16q to 16q + 15 of every 64, in rows g and g + 8: whole groups of four, kept values
+// that fill 16 bytes, and just the codes that it has to store as metadata. Nothing is exchanged between threads.
+//
+// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES.
+
+#include "keep.cuh"
+#include "tiles.cuh"
+
+struct LinearRelu2Sparsify {
+  static constexpr int A_BYTES = ROWS * K * 2, STAGE_BYTES = A_BYTES + B_BYTES;
+
+  const TensorMap &x_map, &weight_map;
+  const u16* bias;
+  u16* packed;
+  uint4* metadata;
+  const Shape& shape;
+
+  __device__ __forceinline__ void bring(u32 a, u32 b, u32 ready, int k, const Tile& tile, u32 rank) const {
+    copy_box(a, x_map, k * K, tile.row, ready);
+    const int column = tile.column + rank * (TILE_N / CLUSTER);
+    copy_box_to((1 << CLUSTER) - 1, b + rank * (B_BYTES / CLUSTER), weight_map, k * K, 0, 0, 0, column / 64, ready);
+  }
+
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Segment& segment) const {
+    const int stages = 4 * (segment.last - segment.first);
+#pragma unroll 1
+    for (int i = 0; i < stages; ++i) {
+      const u32 a = ring.base + ring.stage * STAGE_BYTES;
+      const u64 a_tile = matrix_descriptor<128>(a + ring.thread / 128 * (64 * K * 2)), b_tile = matrix_descriptor<128>(a + A_BYTES);
+      ring.wait();
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) wgmma_dense(d, a_tile + step * (32 >> 4), b_tile + step * (32 >> 4));
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (i > 0) ring.release(ring.previous());
+      ring.next();
+    }
+    wgmma_wait<0>();
+    ring.release(ring.previous());
+  }
+
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
+    const u32 lane = thread_index() % 32, q = lane % 4;
+    const int block = tile.row / 16 + (int)(thread_index() / 32), row = block * 16 + (int)lane / 4;
+    u16* line = packed + (i64)row * (shape.columns / 2) + tile.column / 2 + 8 * q;
+    const u16* offset = bias + tile.column + 16 * q;
+    u32 codes[4];
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      codes[s] = 0x44444444u;
+      if (tile.column + 64 * s >= shape.columns) continue;
+      u32 biases[8] = {}, upper[4], lower[4];
+      if (bias != nullptr) load_eight(biases, offset + 64 * s);
+      u32 word = 0;
+#pragma unroll
+      for (int group = 0; group < 4; ++group) {
+        u32 k[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* v = d + 32 * s + 8 * group + i / 2 * 4 + i % 2;
+          const u32 two = biases[2 * group + i / 2];
+          const float one = i % 2 ? high_float(two) : low_float(two);
+          k[i] = pack_floats_relu(v[0] + one, v[2] + one);
+        }
+        const Kept kept = keep_two_of_four(k[0], k[1], k[2], k[3]);
+        upper[group] = permute_bytes<0x5410>(kept.first, kept.second);
+        lower[group] = permute_bytes<0x7632>(kept.first, kept.second);
+        word |= kept.codes << (4 * group);
+      }
+      codes[s] = word;
+      if (row < shape.tokens) store_four(line + 32 * s, make_uint4(upper[0], upper[1], upper[2], upper[3]));
+      if (row + 8 < shape.tokens) {
+        store_four(line + 8 * (i64)(shape.columns / 2) + 32 * s, make_uint4(lower[0], lower[1], lower[2], lower[3]));
+      }
+    }
+    if (block * 16 >= shape.tokens) return;
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {  // padding
+      if (row >= shape.tokens) codes[s] = 0x44444444u;
+      else if (row + 8 >= shape.tokens) codes[s] = (codes[s] & 0xFFFF) | 0x44440000u;
+    }
+    metadata[((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + lane] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+  }
+};
+
+MATMUL linear_relu2_sparsify(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
+                             const u16* __restrict__ bias, u16* __restrict__ packed, uint4* __restrict__ metadata,
+                             float4* __restrict__ partial, u32* __restrict__ flags, const __grid_constant__ Shape shape) {
+  walk(LinearRelu2Sparsify{x_map, weight_map, bias, packed, metadata, shape}, shape, partial, flags);
+}
