@@ -13,6 +13,7 @@ functional, take bfloat16, float16, float32 and float64 and any strides, and rai
 naming the argument that is wrong.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -167,7 +168,13 @@ def _define(
             return run(first, *others)
 
         _lib.impl(name, fastest, "CUDA")
-    torch.library.register_fake(f"ao_act24::{name}", checked(fake), lib=_lib)
+
+    def traced(*args):  # type: ignore[no-untyped-def]
+        if "torch._inductor.lowering" in sys.modules:
+            from ao_act24 import lowering  # noqa: F401  # here, as it needs Inductor, and Inductor needs it after tracing
+        return checked(fake)(*args)
+
+    torch.library.register_fake(f"ao_act24::{name}", traced, lib=_lib)
 
 
 _define(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import ao_act24
 from ao_act24 import when
@@ -134,11 +135,10 @@ def test_every_output_is_written_and_nothing_else(monkeypatch):
     """Outputs and scratch memory come poisoned, with a guard behind them."""
     guards = []
 
-    def poisoned(self, *size, dtype=None, **_):
-        shape = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
-        count, dtype = torch.Size(shape).numel(), dtype or self.dtype
+    def poisoned(shape, strides, dtype):
+        count = torch.Size(shape).numel()
         value = 0x5A if dtype == torch.uint8 else float("nan")
-        buffer = torch.full((count + 64,), value, dtype=dtype, device=self.device)
+        buffer = torch.full((count + 64,), value, dtype=dtype, device="cuda")
         guards.append(buffer[count:])
         return buffer[:count].view(shape)
 
@@ -147,7 +147,7 @@ def test_every_output_is_written_and_nothing_else(monkeypatch):
     want = cuda.sparse_mm(packed, metadata, weight)
     h = random(999, 1000)
     codes = reference.relu2_sparsify(h)
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(cuda, "_empty", poisoned)
     assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
     assert all(torch.equal(*pair) for pair in zip(cuda.relu2_sparsify(h), codes))
     assert len(guards) == 4
@@ -166,7 +166,8 @@ def test_nan_and_infinity_stay_in_their_rows():
 def test_the_same_bits_every_time():
     packed, metadata = cuda.relu2_sparsify(random(5000, 2048))
     weight = random(2048, 2048)
-    assert cuda._plan(5000, 2048, 2048, torch.bfloat16, 0).shape.streamed, "tiles are cut: the harder case"
+    plan = cuda._matmul(packed.shape, metadata.shape, weight.shape, torch.bfloat16, 0, threading.get_ident())
+    assert plan.partial_floats, "tiles are cut: the harder case"
     want = cuda.sparse_mm(packed, metadata, weight)
     for _ in range(100):
         assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
@@ -231,6 +232,19 @@ def outputs(mlp, x):
     """In 2:4, from the reference, and dense."""
     h = mlp.up(x)
     return reference.sparse_mm(*reference.relu2_sparsify(h), mlp.down.weight, mlp.down.bias), mlp(x)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_inductor_calls_them_itself(mode):
+    mlp, always = MLP(256, 1024).cuda().bfloat16(), ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
+    compiled = torch.compile(mlp, backend=always, mode=mode, fullgraph=True)
+    with torch.no_grad(), fresh_cache():
+        _, (code, *_) = run_and_get_code(compiled, random(600, 256))
+        assert "ao_act24_cuda.sparse_mm(" in code and "= torch.ops.ao_act24" not in code
+        for _ in range(5):
+            x = random(600, 256)
+            want, _ = outputs(mlp, x)
+            assert (compiled(x) - want).norm() < 1e-2 * want.norm()
 
 
 @pytest.mark.parametrize("way", ["backend", "sparsify_", "both"])
