@@ -7,7 +7,7 @@ dtypes and devices were checked when it was traced and are guarded, and AOTAutog
     before   buf1 = torch.ops.ao_act24.relu2_sparsify.default(buf0)
     after    buf1 = ao_act24_cuda.relu2_sparsify(buf0)
 
-All else stays Inductor's fallback for custom operators: strides, dynamic shapes, several outputs, memory, CUDA graph
+All else stays Inductor's fallback for custom operators: dynamic shapes, several outputs, memory, CUDA graph
 partitions; and C++ wrappers (AOTInductor among them) call the operator. The generated code imports what it calls, so
 that it runs from a cache in a process that has not imported us.
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides, register_lowering
+from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_map
 
@@ -49,11 +49,10 @@ class DirectCall(ir.FallbackKernel):
 
 
 def _register(op: torch._ops.OpOverload) -> None:
-    add_layout_constraint(op, constrain_to_fx_strides)  # what Inductor's fallback asks of inputs: strides as traced
-
+    # With no layout constraint, other than Inductor's fallback: the operators take any strides.
     @register_lowering(op, type_promotion_kind=None)
-    def lower(*args: Any) -> Any:
-        return tree_map(ir.TensorBox.create, DirectCall.create(op, *args))
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        return tree_map(ir.TensorBox.create, DirectCall.create(op, *args, **kwargs))
 
 
 for _op in DIRECT:

@@ -171,8 +171,8 @@ def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, 
         count, hidden_dim = 1, shape.numel()
     kernel = _packing_kernel("relu2_sparsify" if vectors else "relu2_sparsify_any", dtype, index)
     blocks = -(-hidden_dim // (_THREADS * (16 if vectors else 8)))
-    sizes = map(ctypes.c_int64, (stride, count, hidden_dim))
-    arguments = (POINTER, next(sizes), POINTER, POINTER, *sizes)
+    # h, stride, packed, metadata, count, hidden_dim
+    arguments = (POINTER, ctypes.c_int64(stride), POINTER, POINTER, ctypes.c_int64(count), ctypes.c_int64(hidden_dim))
     return _Packing(packed, metadata, _Launch(index, kernel, (blocks, min(count, 65535)), _THREADS, 0, arguments))
 
 

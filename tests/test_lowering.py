@@ -6,7 +6,7 @@ Stand-ins take the place of ``cuda.why_not``, which the lowering asks, and of th
 import pytest
 import torch
 from mlp import MLP, check, oracle
-from oracle import relative_error
+from oracle import relative_error, relu2_24
 from test_backend import run
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -86,19 +86,14 @@ def test_dynamic_sizes(calls):
     assert calls == 3 * FFN
 
 
-def test_strides_as_traced(calls, monkeypatch):
-    """Of the hidden activation, although Inductor chooses the layout of what it computes itself."""
-    strides = []
-    function = cuda.relu2_sparsify
-    monkeypatch.setattr(cuda, "relu2_sparsify", lambda h: strides.append(h.stride()) or function(h))
-
-    def run(x, weight):
-        return ao_act24.ops.sparse_mm(*ao_act24.ops.relu2_sparsify((x + 1).t()), weight)
-
+@pytest.mark.parametrize(
+    "hidden", [lambda x: (x + 1).t(), lambda x: x[:, :4].repeat(1, 9)[:, :32], lambda x: x.t() + 1]
+)
+def test_any_strides(hidden, calls):
     x, weight = torch.randn(32, 8), torch.randn(4, 32)
-    out, code = compiled_code(run, x, weight)
-    assert strides == [(1, 8)] and "torch.ops.ao_act24" not in code
-    assert relative_error(out, run(x, weight)) < 1e-5
+    out, code = compiled_code(lambda x: ao_act24.ops.sparse_mm(*ao_act24.ops.relu2_sparsify(hidden(x)), weight), x)
+    assert calls == FFN and "torch.ops.ao_act24" not in code
+    assert relative_error(out, relu2_24(hidden(x)) @ weight.t()) < 1e-5
 
 
 def test_graphs_within_graphs(calls):
