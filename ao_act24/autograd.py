@@ -36,12 +36,32 @@ def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _relu2_sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:
+    return _grad_hidden(grad_packed, *ctx.saved_tensors)
+
+
+def _grad_hidden(grad_packed: Tensor, packed: Tensor, metadata: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "ao_act24::relu2_sparsify has no second derivative: create_graph=True is not supported through it"
         )
-    packed, metadata = ctx.saved_tensors
     return ops.unpack(grad_packed * (packed.sqrt() * 2), metadata)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    packed, metadata = output
+    ctx.save_for_backward(*inputs[:2], packed, metadata)
+    ctx.mark_non_differentiable(metadata)
+
+
+def _linear_relu2_sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    x, weight, packed, metadata = ctx.saved_tensors
+    grad = _grad_hidden(grad_packed, packed, metadata)
+    need_x, need_weight, need_bias = (*ctx.needs_input_grad, False)[:3]
+    return (
+        grad @ weight if need_x else None,
+        _matmul_weight_grad(grad, x) if need_weight else None,
+        grad.sum_to_size(grad.shape[-1:]) if need_bias else None,
+    )
 
 
 def _sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:
@@ -87,6 +107,7 @@ def _sampled_mm_backward(ctx: Any, grad_packed: Tensor) -> tuple[Tensor | None, 
 
 for _name, _backward, _setup in (
     ("relu2_sparsify", _relu2_sparsify_backward, _save_packed),
+    ("linear_relu2_sparsify", _linear_relu2_sparsify_backward, _save_linear),
     ("sparsify", _sparsify_backward, _save_packed),
     ("gather", _gather_backward, _save_metadata),
     ("unpack", _unpack_backward, _save_metadata),

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from ao_act24 import notice
 from ao_act24.config import Act24Config, checked
 from ao_act24.fingerprint import source_digest
-from ao_act24.passes import rewrite_graph
+from ao_act24.passes import fuse, rewrite_graph
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Act24Pass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         rewrite_graph(graph, self.config)
+        fuse(graph)
         gm = graph.owning_module
         if gm is not None and hasattr(gm, "compile_subgraph_reason"):  # Dynamo's own; bodies that it calls came before
             notice.watch(gm, self.config)

@@ -1,6 +1,7 @@
 """The operators ``torch.ops.ao_act24.*``: schema, fake, implementation, autocast. Gradients are in ``autograd``.
 
     relu2_sparsify(h)                             -> packed, metadata      relu(h)**2, two of every four kept
+    linear_relu2_sparsify(x, weight, bias)        -> packed, metadata      the same of h = x @ weight.T + bias
     sparsify(dense)                               -> packed, metadata      the two of largest magnitude kept
     gather(dense, metadata)                       -> packed                the entries that metadata keeps
     unpack(packed, metadata)                      -> dense                 the inverse: zeros elsewhere
@@ -8,11 +9,12 @@
     sampled_mm(grad, weight, metadata)            -> packed                gather(grad @ weight, metadata)
 
 ``[..., H]`` dense tensors have H divisible by 4; leading dimensions are tokens; ``packed`` is ``[..., H / 2]``,
-``weight`` ``[D, H]``, ``out`` and ``grad`` ``[..., D]``; ``metadata`` is described in ``kernels.layout``. All are
-functional, take bfloat16, float16, float32 and float64 and any strides, and raise ``TypeError`` or ``ValueError``
-naming the argument that is wrong.
+``weight`` ``[D, H]`` (``[H, D]`` where ``x`` is ``[..., D]``), ``out`` and ``grad`` ``[..., D]``; ``metadata`` is
+described in ``kernels.layout``. All are functional, take bfloat16, float16, float32 and float64 and any strides, and
+raise ``TypeError`` or ``ValueError`` naming the argument that is wrong.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -91,12 +93,7 @@ def _check_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Ten
     _check_packed(packed, metadata)
     _check_weight(weight, 1, packed.shape[-1] * 2, "packed")
     _same("weight", weight, "packed", packed)
-    if bias is not None:
-        torch._check_value(
-            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
-            lambda: f"bias must have shape ({weight.shape[0]},) as weight has rows, got {tuple(bias.shape)}",
-        )
-        _same("bias", bias, "packed", packed)
+    _check_bias(bias, weight, "packed", packed)
 
 
 def _plain_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -110,10 +107,48 @@ def _plain_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Ten
         and packed.dtype == weight.dtype
         and packed.dtype in cuda.ELEMENTS
         and packed.device == weight.device == metadata.device
-        and (
-            bias is None
-            or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.device == weight.device)
+        and _plain_bias(bias, weight)
+    )
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    _floating("x", x)
+    torch._check_value(
+        weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.shape[0] % 4 == 0,
+        lambda: (
+            f"weight must be [H, D] with H divisible by 4 and D = {x.shape[-1]} as in x, "
+            f"got shape {tuple(weight.shape)}"
+        ),
+    )
+    _same("weight", weight, "x", x)
+    _check_bias(bias, weight, "x", x)
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor, other_name: str, other: Tensor) -> None:
+    if bias is not None:
+        torch._check_value(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            lambda: f"bias must have shape ({weight.shape[0]},) as weight has rows, got {tuple(bias.shape)}",
         )
+        _same("bias", bias, other_name, other)
+
+
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return (
+        weight.dim() == 2
+        and x.dim() > 0
+        and weight.shape[1] == x.shape[-1]
+        and weight.shape[0] % 4 == 0
+        and x.dtype == weight.dtype
+        and x.dtype in cuda.ELEMENTS
+        and x.device == weight.device
+        and _plain_bias(bias, weight)
+    )
+
+
+def _plain_bias(bias: Tensor | None, weight: Tensor) -> bool:
+    return bias is None or (
+        bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.device == weight.device
     )
 
 
@@ -166,7 +201,13 @@ def _define(
             return run(first, *others)
 
         _lib.impl(name, fastest, "CUDA")
-    torch.library.register_fake(f"ao_act24::{name}", checked(fake), lib=_lib)
+
+    def traced(*args):  # type: ignore[no-untyped-def]
+        if "torch._inductor.lowering" in sys.modules:
+            from ao_act24 import lowering  # noqa: F401  # here, as it needs Inductor, and Inductor needs it after tracing
+        return checked(fake)(*args)
+
+    torch.library.register_fake(f"ao_act24::{name}", traced, lib=_lib)
 
 
 _define(
@@ -175,6 +216,13 @@ _define(
     reference.relu2_sparsify,
     _fake_pack,
     (cuda.relu2_sparsify, lambda h: h.dtype in cuda.ELEMENTS and h.dim() > 0 and h.shape[-1] % 4 == 0),
+)
+_define(
+    "linear_relu2_sparsify(Tensor x, Tensor weight, Tensor? bias=None) -> (Tensor packed, Tensor metadata)",
+    _check_linear,
+    reference.linear_relu2_sparsify,
+    lambda x, weight, bias=None: _fake_pack(x.new_empty((*x.shape[:-1], weight.shape[0]))),
+    (cuda.linear_relu2_sparsify, _plain_linear),
 )
 _define(
     "sparsify(Tensor dense) -> (Tensor packed, Tensor metadata)",
@@ -227,11 +275,12 @@ def _define_autocast(name: str, device_type: str) -> None:
     _lib.impl(name, autocast, f"Autocast{device_type.upper()}")
 
 
-for _name in ("sparse_mm", "sampled_mm"):
+for _name in ("linear_relu2_sparsify", "sparse_mm", "sampled_mm"):
     for _device_type in ("cpu", "cuda"):
         _define_autocast(_name, _device_type)
 
 relu2_sparsify = torch.ops.ao_act24.relu2_sparsify
+linear_relu2_sparsify = torch.ops.ao_act24.linear_relu2_sparsify
 sparsify = torch.ops.ao_act24.sparsify
 gather = torch.ops.ao_act24.gather
 unpack = torch.ops.ao_act24.unpack

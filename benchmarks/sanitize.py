@@ -36,10 +36,11 @@ MATMULS = {  # tokens, model_dim, hidden_dim
     "sparse_mm, whole tiles": [(3000, 2056, 704)],  # 72 for 66 clusters: the last six are cut
     "sparse_mm, lower tiles": [(1279, 3592, 704), (200, 264, 192), (1, 8, 64)],  # below whole ones, and alone
 }
+FIRST = {"linear_relu2_sparsify": [(3000, 584, 2112), (1279, 72, 3584), (200, 328, 320), (1, 8, 64)]}  # the same
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
 PLANTED = "planted"
-CASES = ("relu2_sparsify", *MATMULS, PLANTED)
-OURS = re.compile(r"\b(relu2_sparsify|relu2_sparsify_any|sparse_mm)\b")
+CASES = ("relu2_sparsify", *MATMULS, *FIRST, PLANTED)
+OURS = re.compile(r"\b(relu2_sparsify|relu2_sparsify_any|linear_relu2_sparsify|sparse_mm)\b")
 
 
 def workload(case: str) -> None:
@@ -52,6 +53,8 @@ def workload(case: str) -> None:
                 packing(tokens, hidden_dim, dtype)
             for tokens, model_dim, hidden_dim in MATMULS.get(case, ()):
                 matmul(tokens, model_dim, hidden_dim, dtype)
+            for tokens, model_dim, hidden_dim in FIRST.get(case, ()):
+                first_matmul(tokens, model_dim, hidden_dim, dtype)
     torch.cuda.synchronize()
     print(DONE)
 
@@ -71,6 +74,17 @@ def matmul(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) -> 
     got = cuda.sparse_mm(*cuda.relu2_sparsify(h.cuda()), weight.cuda(), bias.cuda()).cpu().float()
     want = reference.sparse_mm(*reference.relu2_sparsify(h), weight, bias).float()
     assert (got - want).norm() < 0.01 * want.norm()
+
+
+def first_matmul(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) -> None:
+    """Of small integers, so that nothing is rounded."""
+    x, weight = (
+        torch.randint(-2, 3, (tokens, model_dim)).to(dtype),
+        torch.randint(-1, 2, (hidden_dim, model_dim)).to(dtype),
+    )
+    bias = torch.randint(-3, 4, (hidden_dim,)).to(dtype)
+    got = cuda.linear_relu2_sparsify(x.cuda(), weight.cuda(), bias.cuda())
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, reference.linear_relu2_sparsify(x, weight, bias)))
 
 
 def planted(dtype: torch.dtype) -> None:

@@ -7,23 +7,25 @@ current stream, allocate with torch's allocator, never wait for the GPU, and can
 import ctypes
 import functools
 import importlib.util
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from . import compile, layout, reference, schedule
 from .schedule import CLUSTER, MAX_CLUSTERS, TILE_COLUMNS, TILE_ROWS
 
 ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 _THREADS = 256  # a block of the packing kernels
-# of sparse_mm.cu
+# of the matmuls, tiles.cuh
+MATMUL_THREADS = 512
 MATMUL_STARTS_WITH = 128  # registers: see there
-_STAGES = 5
-_MATMUL_THREADS = 512
-_MATMUL_SHARED_BYTES = _STAGES * 64 * (TILE_ROWS + 2 * TILE_COLUMNS) + 1024  # 1024: to align the first stage
+STAGES = {"sparse_mm": 5, "linear_relu2_sparsify": 4}  # as many as fit
+_A_BYTES = {"sparse_mm": 1, "linear_relu2_sparsify": 2}  # stored for an entry of A
 
 
 @torch.compiler.assume_constant_result
@@ -51,61 +53,187 @@ def _why_not_gpu(index: int) -> str:
 
 def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
     """As ``reference.relu2_sparsify``, bit for bit. Reads ``h`` once; rows may be strided."""
-    hidden_dim = h.shape[-1]
-    packed = h.new_empty((*h.shape[:-1], hidden_dim // 2))
-    metadata = h.new_empty(layout.metadata_shape(h.shape), dtype=torch.uint8)
-    if h.numel() == 0:
-        return packed, metadata
-    rows = (h if h.stride(-1) == 1 else h.contiguous()).reshape(-1, hidden_dim)
-    count, stride = rows.shape[0], rows.stride(0)
-    vectors = hidden_dim % 16 == 0 and rows.data_ptr() % 16 == 0 and (stride % 8 == 0 or count == 1)
-    entry, columns, at_once = ("relu2_sparsify", 16, 2) if vectors else ("relu2_sparsify_any", 8, 1)
-    grid = -(-8 * metadata.shape[1] // (_THREADS * columns)), min(metadata.shape[0] // at_once, 65535)
-    kernel = _packing_kernel(entry, h.dtype, h.device.index)
-    values = (ctypes.c_int64 * 6)(rows.data_ptr(), stride, packed.data_ptr(), metadata.data_ptr(), count, hidden_dim)
-    _launch(h.device.index, kernel, grid, _THREADS, 0, _addresses(values))
+    index = h.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return relu2_sparsify(h)
+    rows, stride = h, h.shape[-1]
+    if not h.is_contiguous():
+        rows = (h if h.stride(-1) == 1 else h.contiguous()).reshape(-1, stride)
+        stride = rows.stride(0)
+    pointer = rows.data_ptr()
+    plan = _packing(h.shape, stride, pointer % 16 == 0, h.dtype, index, threading.get_ident())
+    packed, metadata = _empty(*plan.packed), _empty(*plan.metadata)
+    if plan.launch:
+        plan.launch(pointer, packed.data_ptr(), metadata.data_ptr())
+    return packed, metadata
+
+
+def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``relu2_sparsify(linear(x, weight, bias))`` in one kernel: fp32 accumulation, rounded once, deterministic.
+
+    The kernel takes D divisible by 8 and H by 64; else two kernels do it.
+    """
+    index = x.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return linear_relu2_sparsify(x, weight, bias)
+    plan = _linear_relu2_sparsify(x.shape, weight.shape, x.dtype, index, threading.get_ident())
+    if plan is None:
+        return relu2_sparsify(linear(x, weight, bias))
+    packed, metadata = (_empty(*shape) for shape in plan.outputs)
+    bias = None if bias is None else _aligned(bias)
+    plan.run(
+        _aligned(x), _aligned(weight), 0 if bias is None else bias.data_ptr(), packed.data_ptr(), metadata.data_ptr()
+    )
     return packed, metadata
 
 
 def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``reference.sparse_mm``: fp32 accumulation, rounded once. Deterministic.
 
-    The kernel takes H divisible by 64 and D by 8; else this unpacks and multiplies dense.
+    The kernel takes H and D divisible by 64. For another D the weight is copied into a larger one; for another H this
+    unpacks and multiplies dense.
     """
-    model_dim, hidden_dim = weight.shape
-    out = packed.new_empty((*packed.shape[:-1], model_dim))
-    tokens = out.numel() // model_dim if model_dim else 0
-    if tokens == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
-        return torch.nn.functional.linear(reference.unpack(packed, metadata), weight, bias)
-    packed, metadata, weight = map(_aligned, (packed, metadata, weight))
+    index = packed.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return sparse_mm(packed, metadata, weight, bias)
+    if weight.shape[0] % 64:
+        more = -weight.shape[0] % 64
+        weight, bias = pad(weight, (0, 0, 0, more)), None if bias is None else pad(bias, (0, more))
+        return sparse_mm(packed, metadata, weight, bias)[..., :-more].contiguous()
+    plan = _sparse_mm(packed.shape, weight.shape, packed.dtype, index, threading.get_ident())
+    if plan is None:
+        return linear(reference.unpack(packed, metadata), weight, bias)
+    metadata = _aligned(metadata)
     bias = None if bias is None else _aligned(bias)
-    plan = _plan(tokens, model_dim, hidden_dim, packed.dtype, packed.device.index)
-    pointers = (ctypes.c_int64 * 5)(metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
-    if plan.partial_floats:
-        partial = packed.new_empty(plan.partial_floats, dtype=torch.float32)
-        flags = packed.new_zeros(plan.blocks, dtype=torch.int32)
-        pointers[3], pointers[4] = partial.data_ptr(), flags.data_ptr()
-    packed_map = _tensor_map(packed.data_ptr(), packed.dtype, tokens, hidden_dim // 2, TILE_ROWS, 32)
-    weight_map = _tensor_map(weight.data_ptr(), weight.dtype, model_dim, hidden_dim, TILE_COLUMNS // CLUSTER, 64)
-    arguments = (*map(ctypes.addressof, (packed_map, weight_map)), *_addresses(pointers), ctypes.addressof(plan.shape))
-    _launch(packed.device.index, plan.kernel, (plan.blocks, 1), _MATMUL_THREADS, _MATMUL_SHARED_BYTES, arguments)
+    (out,) = (_empty(*shape) for shape in plan.outputs)
+    plan.run(
+        _aligned(packed), _aligned(weight), metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    )
     return out
 
 
+# Shape, strides and dtype of a tensor to allocate on the current device, as Inductor's generated code does it: a plain
+# function, past torch's dispatcher, in less than half of ``new_empty``'s time.
+_Empty = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+_empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+
+
+def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> _Empty:
+    return tuple(shape), torch.empty(shape, device="meta").stride(), dtype
+
+
+# A plan is all that a call needs and that its pointers do not change. The arguments of a launch are written into it, so
+# each thread has its own.
 @dataclass(frozen=True)
-class _Plan:
-    kernel: Any
-    shape: schedule.Shape
-    blocks: int
-    partial_floats: int
+class _Packing:
+    packed: _Empty
+    metadata: _Empty
+    launch: "_Launch | None"  # None: there is nothing to do
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype, index: int) -> _Plan:
-    kernel, clusters = _matmul_kernel(dtype, index)
-    shape, at_work = schedule.share_out(tokens, model_dim, hidden_dim, clusters)
+def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, index: int, thread: int) -> _Packing:
+    *tokens, hidden_dim = shape
+    height, width = layout.metadata_shape(shape)
+    packed, metadata = _contiguous((*tokens, hidden_dim // 2), dtype), _contiguous((height, width), torch.uint8)
+    if shape.numel() == 0:
+        return _Packing(packed, metadata, None)
+    count = shape.numel() // hidden_dim
+    vectors = hidden_dim % 16 == 0 and aligned and (stride % 8 == 0 or count == 1)
+    entry, columns, rows = ("relu2_sparsify", 16, 2) if vectors else ("relu2_sparsify_any", 8, 1)  # of a thread
+    kernel = _packing_kernel(entry, dtype, index)
+    grid = -(-8 * width // (_THREADS * columns)), min(height // rows, 65535)
+    # h, stride, packed, metadata, count, hidden_dim
+    arguments = (POINTER, ctypes.c_int64(stride), POINTER, POINTER, ctypes.c_int64(count), ctypes.c_int64(hidden_dim))
+    return _Packing(packed, metadata, _Launch(index, kernel, grid, _THREADS, 0, arguments))
+
+
+@dataclass(frozen=True)
+class _Matmul:
+    outputs: tuple[_Empty, ...]
+    scratch: _Empty  # partial sums, and behind them a flag for each block
+    partial_floats: int  # 0: no tile is summed in parts
+    blocks: int
+    a_map: "_TensorMap"
+    weight_map: "_TensorMap"
+    launch: "_Launch"
+
+    def run(self, a: Tensor, weight: Tensor, *pointers: int) -> None:
+        """``pointers``: of what comes before the scratch memory among the kernel's arguments."""
+        partial = flags = 0
+        if self.partial_floats:
+            scratch = _empty(*self.scratch)
+            partial = scratch.data_ptr()
+            flags = partial + 4 * self.partial_floats
+            self.launch.zero(flags, self.blocks)
+        self.a_map.point_to(a.data_ptr())
+        self.weight_map.point_to(weight.data_ptr())
+        self.launch(*pointers, partial, flags)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int, thread: int) -> _Matmul | None:
+    """None where the kernel does not take these sizes."""
+    model_dim, hidden_dim = weight
+    if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64:
+        return None
+    tokens = packed.numel() // packed[-1]
+    packed_map = _TensorMap(dtype, (hidden_dim // 2, tokens), (1,), (32, TILE_ROWS))
+    weight_map = _weight_map(dtype, model_dim, hidden_dim)
+    outputs = (_contiguous((*packed[:-1], model_dim), dtype),)
+    # maps, metadata, bias, out, partial, flags, shape
+    return _matmul("sparse_mm", tokens, model_dim, hidden_dim, dtype, index, outputs, packed_map, weight_map, 5)
+
+
+@functools.lru_cache(maxsize=1024)
+def _linear_relu2_sparsify(
+    x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int, thread: int
+) -> _Matmul | None:
+    """None where the kernel does not take these sizes."""
+    hidden_dim, model_dim = weight
+    if x.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
+        return None
+    tokens = x.numel() // model_dim
+    x_map = _TensorMap(dtype, (model_dim, tokens), (1,), (64, TILE_ROWS))
+    weight_map = _weight_map(dtype, hidden_dim, model_dim)
+    hidden = (*x[:-1], hidden_dim)
+    outputs = (
+        _contiguous((*x[:-1], hidden_dim // 2), dtype),
+        _contiguous(layout.metadata_shape(hidden), torch.uint8),
+    )
+    # maps, bias, packed, metadata, partial, flags, shape
+    return _matmul("linear_relu2_sparsify", tokens, hidden_dim, model_dim, dtype, index, outputs, x_map, weight_map, 5)
+
+
+def _weight_map(dtype: torch.dtype, rows: int, columns: int) -> "_TensorMap":
+    """In the order of ``tiles.cuh``: of every 64 rows, row 16 q + 2 a + b comes to lie at 8 a + 2 q + b."""
+    return _TensorMap(
+        dtype, (columns, 2, 4, 8, rows // 64), (1, 16, 2, 64), (64, 2, 4, 8, TILE_COLUMNS // CLUSTER // 64)
+    )
+
+
+def _matmul(
+    name: str,
+    tokens: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    index: int,
+    outputs: tuple[_Empty, ...],
+    a_map: "_TensorMap",
+    weight_map: "_TensorMap",
+    pointers: int,
+) -> _Matmul:
+    kernel, clusters = _matmul_kernel(name, dtype, index)
+    shape, at_work = schedule.share_out(tokens, columns, depth, clusters)
     blocks = CLUSTER * at_work
-    return _Plan(kernel, shape, blocks, blocks * TILE_ROWS * TILE_COLUMNS if schedule.is_cut(shape) else 0)
+    partial = blocks * TILE_ROWS * TILE_COLUMNS if schedule.is_cut(shape) else 0
+    arguments = (a_map.words, weight_map.words, *[POINTER] * pointers, shape)
+    launch = _Launch(index, kernel, (blocks, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
+    return _Matmul(outputs, _contiguous((partial + blocks,), torch.float32), partial, blocks, a_map, weight_map, launch)
 
 
 @functools.cache
@@ -115,15 +243,13 @@ def _packing_kernel(entry: str, dtype: torch.dtype, index: int) -> Any:
 
 
 @functools.cache
-def _matmul_kernel(dtype: torch.dtype, index: int) -> tuple[Any, int]:
+def _matmul_kernel(name: str, dtype: torch.dtype, index: int) -> tuple[Any, int]:
     """The kernel, and how many of its clusters the device holds at a time."""
-    driver = _driver()
-    loaded = compile.kernel(
-        "sparse_mm", "sparse_mm", matmul_defines(dtype), index, _MATMUL_SHARED_BYTES, MATMUL_STARTS_WITH
-    )
+    driver, shared_bytes = _driver(), _shared_bytes(name)
+    loaded = compile.kernel(name, name, matmul_defines(name, dtype), index, shared_bytes, MATMUL_STARTS_WITH)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count // CLUSTER * CLUSTER
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, _MATMUL_THREADS, _MATMUL_SHARED_BYTES
+    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, MATMUL_THREADS, shared_bytes
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     function = _function(loaded, index)
     with torch.cuda.device(index):
@@ -131,8 +257,12 @@ def _matmul_kernel(dtype: torch.dtype, index: int) -> tuple[Any, int]:
     return function, min(clusters, blocks // CLUSTER, MAX_CLUSTERS)
 
 
-def matmul_defines(dtype: torch.dtype) -> dict[str, int | str]:
-    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, "STAGES": _STAGES}
+def matmul_defines(name: str, dtype: torch.dtype) -> dict[str, int | str]:
+    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, "STAGES": STAGES[name]}
+
+
+def _shared_bytes(name: str) -> int:
+    return STAGES[name] * 64 * (_A_BYTES[name] * TILE_ROWS + 2 * TILE_COLUMNS) + 1024  # 1024: to align the first stage
 
 
 def _function(kernel: Any, index: int) -> Any:
@@ -141,33 +271,78 @@ def _function(kernel: Any, index: int) -> Any:
         return _checked("cuKernelGetFunction", _driver().cuKernelGetFunction(kernel.handle))[1]
 
 
-@functools.lru_cache(maxsize=1024)
-def _tensor_map(pointer: int, dtype: torch.dtype, rows: int, columns: int, box_rows: int, box_columns: int) -> Any:
-    """What a bulk tensor copy needs of a contiguous matrix: it copies boxes whose rows are swizzled by their length."""
-    driver = _driver()
-    types = driver.CUtensorMapDataType
-    swizzles = driver.CUtensorMapSwizzle
-    result = driver.cuTensorMapEncodeTiled(
-        types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        2,
-        pointer,
-        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(2 * columns)],
-        [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
-        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box_columns == 64 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    _, encoded = _checked("cuTensorMapEncodeTiled", result)
-    return (ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque))
+class _TensorMap:
+    """What a bulk tensor copy needs of a matrix in memory, to bring in boxes of it, rows swizzled by their length.
+
+    ``sizes``, innermost first, of the array that the matrix is taken as: columns, then rows, in as many dimensions as
+    it takes to put them in order; ``strides`` of these in rows; ``box`` as ``sizes``.
+    """
+
+    def __init__(self, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> None:
+        driver = _driver()
+        types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+        bfloat16, float16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+        result = driver.cuTensorMapEncodeTiled(
+            bfloat16 if dtype == torch.bfloat16 else float16,
+            len(sizes),
+            256,  # any address: the real one comes with each call
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(2 * sizes[0] * stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box[0] == 64 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        _, encoded = _checked("cuTensorMapEncodeTiled", result)
+        memory = ctypes.create_string_buffer(128 + 64)
+        offset = -ctypes.addressof(memory) % 64  # the driver asks for it
+        self.words = (ctypes.c_uint64 * 16).from_buffer(memory, offset)
+        self.words[:] = [int(word) for word in encoded.opaque]
+        self._map = driver.CUtensorMap(_ptr=ctypes.addressof(self.words))
+        self._replace = driver.cuTensorMapReplaceAddress
+
+    def point_to(self, pointer: int) -> None:
+        _checked("cuTensorMapReplaceAddress", self._replace(self._map, pointer))
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """``tensor`` row after row from a multiple of 16 bytes on, as the copy engine needs it; copied if it must be."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+POINTER = None  # in the arguments of a launch: a pointer, which each call brings
+
+
+class _Launch:
+    """A launch on torch's current stream that is ready but for the stream and the pointers.
+
+    ``arguments`` are in the kernel's order: ctypes objects, and ``POINTER``.
+    """
+
+    def __init__(
+        self, index: int, kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]
+    ) -> None:
+        self._index, self._kept = index, arguments
+        self._pointers = (ctypes.c_uint64 * arguments.count(POINTER))()
+        slots = (ctypes.addressof(self._pointers) + 8 * slot for slot in range(len(self._pointers)))
+        addresses = [next(slots) if argument is POINTER else ctypes.addressof(argument) for argument in arguments]
+        self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._start = kernel, *grid, 1, threads, 1, 1, shared_bytes
+        self._end = ctypes.addressof(self._addresses), 0
+        self._driver = _driver()
+
+    def __call__(self, *pointers: int) -> None:
+        self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        _checked("cuLaunchKernel", self._driver.cuLaunchKernel(*self._start, stream, *self._end))
+
+    def zero(self, pointer: int, words: int) -> None:
+        """Zero ``words`` 32-bit words before the launch."""
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        _checked("cuMemsetD32Async", self._driver.cuMemsetD32Async(pointer, 0, words, stream))
 
 
 @functools.cache
@@ -181,23 +356,3 @@ def _checked(call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
     if int(result[0]) != 0:
         raise RuntimeError(f"{call} failed: {result[0].name}")
     return result
-
-
-def _addresses(values: "ctypes.Array[ctypes.c_int64]") -> range:
-    start = ctypes.addressof(values)
-    return range(start, start + 8 * len(values), 8)
-
-
-def _launch(
-    index: int, kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: Sequence[int]
-) -> None:
-    """On torch's current stream of device ``index``. ``arguments``: their addresses."""
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            return _launch(index, kernel, grid, threads, shared_bytes, arguments)
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    addresses = (ctypes.c_void_p * len(arguments))(*arguments)
-    result = _driver().cuLaunchKernel(
-        kernel, *grid, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(addresses), 0
-    )
-    _checked("cuLaunchKernel", result)

@@ -41,6 +41,13 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
     return take(relu2(h), index), layout.encode(index)
 
 
+def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``relu2_sparsify`` of ``x @ weight.T + bias``, accumulated in fp32 and rounded once: ``[..., D]``, ``[H, D]``."""
+    wide = accumulation_dtype(x.dtype)
+    h = torch.nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return relu2_sparsify(h.to(x.dtype))
+
+
 def sparsify(dense: Tensor) -> tuple[Tensor, Tensor]:
     """Of every four neighbours the two of largest magnitude, values unchanged. Returns ``packed, metadata``."""
     index = two_largest(dense)

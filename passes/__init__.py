@@ -5,6 +5,7 @@
 ``find``        every FFN-like site, near misses included
 ``judge``       which of them may be rewritten
 ``rewrite``     the surgery
+``fuse``        the first matmul with the packing of its result
 ``report``      what was decided
 ``show``        graphs as readable text
 """
@@ -16,11 +17,12 @@ from torch.fx import Graph, GraphModule
 from ao_act24.config import Act24Config
 
 from .find import Site, find_sites
+from .fuse import fuse
 from .judge import judge
 from .report import Act24Warning, Report, Verdict, describe
 from .rewrite import rewrite
 
-__all__ = ["Act24Warning", "Report", "Verdict", "examine", "graph_modules", "rewrite_graph"]
+__all__ = ["Act24Warning", "Report", "Verdict", "examine", "fuse", "graph_modules", "rewrite_graph"]
 
 
 def rewrite_graph(graph: Graph, config: Act24Config) -> list[Verdict]:

@@ -90,11 +90,16 @@ def _already_rewritten(node: Node) -> Site | None:
     while isinstance(packed, Node) and (between := as_between(packed)):
         packed = between.input
     sparsify = packed.args[0] if isinstance(packed, Node) and packed.args else None
-    if not isinstance(sparsify, Node) or not is_our_op(sparsify, "relu2_sparsify"):
+    if not isinstance(sparsify, Node):
+        return None
+    down = Linear(node, sparsify, argument(node, 2, "weight"), argument(node, 3, "bias"), False)
+    if is_our_op(sparsify, "linear_relu2_sparsify"):
+        x, weight, bias = (argument(sparsify, i, name) for i, name in enumerate(("x", "weight", "bias")))
+        return Site("relu²", node, down=down, up=Linear(sparsify, x, weight, bias, False), rewritten=True)
+    if not is_our_op(sparsify, "relu2_sparsify"):
         return None
     h = argument(sparsify, 0, "h")
     up = _climb_to_linear(h)
-    down = Linear(node, sparsify, argument(node, 2, "weight"), argument(node, 3, "bias"), False)
     relu2 = Relu2(h, {node, sparsify})
     return Site("relu²", node, down=down, up=up if isinstance(up, Linear) else None, relu2=relu2, rewritten=True)
 

@@ -33,14 +33,14 @@ from ao_act24.fingerprint import source_digest
 
 from .find import Site
 from .relu2 import Relu2
-from .vocabulary import Between, as_between, cast_dtype, is_transpose, op_name, value
+from .vocabulary import Between, Linear, as_between, cast_dtype, is_transpose, op_name, value
 
 
 def rewrite(site: Site) -> None:
     """Rewrite one site in its graph. The nodes that it replaces are erased."""
     assert site.relu2 is not None and site.down is not None
     down = site.down.node
-    emit = _Emitter(down)
+    emit = Emitter(down)
     h, casts = _hoist(emit, site.relu2)
     pair = emit.call(ops.relu2_sparsify.default, h, name="relu2_sparsify")
     packed, metadata = (
@@ -48,7 +48,7 @@ def rewrite(site: Site) -> None:
     )
     for cast in casts:
         packed = emit.again(cast, packed)
-    weight, bias = _parameters(emit, site)
+    weight, bias = parameters(emit, site.down)
     out = emit.call(ops.sparse_mm.default, packed, metadata, weight, bias, name=f"sparse_mm_{source_digest()[:8]}")
     down.replace_all_uses_with(out)
     graph = down.graph
@@ -63,7 +63,7 @@ def rewrite(site: Site) -> None:
     site.node = out
 
 
-class _Emitter:
+class Emitter:
     """Adds nodes in front of an anchor, with the anchor's provenance and, where the inputs have them, fake values."""
 
     def __init__(self, anchor: Node):
@@ -106,7 +106,7 @@ class _Emitter:
         return node
 
 
-def _hoist(emit: _Emitter, relu2: Relu2) -> tuple[Node, list[Between]]:
+def _hoist(emit: Emitter, relu2: Relu2) -> tuple[Node, list[Between]]:
     """Do to ``h`` what was done to the activation. Returns the new ``h`` and the casts that are left for ``packed``."""
     source = narrow_source(relu2)
     steps = relu2.before_square + [step for step in relu2.after_square if step.kind == "view"]
@@ -136,16 +136,14 @@ def narrow_source(relu2: Relu2) -> Node | None:
     return source if all(width and torch.promote_types(width, start.dtype) == width for width in widths) else None
 
 
-def _parameters(emit: _Emitter, site: Site) -> tuple[Node, Any]:
-    """The down projection's weight as ``[D, H]`` and its bias."""
-    assert site.down is not None
-    down = site.down
-    if down.weight is None:
-        path = str(down.node.target)
+def parameters(emit: Emitter, linear: Linear) -> tuple[Node, Any]:
+    """A linear layer's weight as ``[outputs, inputs]``, and its bias."""
+    if linear.weight is None:
+        path = str(linear.node.target)
         has_bias = emit.graph.owning_module.get_submodule(path).bias is not None  # type: ignore[union-attr]
         return emit.attribute(f"{path}.weight"), emit.attribute(f"{path}.bias") if has_bias else None
-    if not down.transposed:
-        return down.weight, down.bias
-    if is_transpose(down.weight):
-        return down.weight.args[0], down.bias  # type: ignore[return-value]
-    return emit.method("t", down.weight), down.bias
+    if not linear.transposed:
+        return linear.weight, linear.bias
+    if is_transpose(linear.weight):
+        return linear.weight.args[0], linear.bias  # type: ignore[return-value]
+    return emit.method("t", linear.weight), linear.bias

@@ -178,17 +178,21 @@ def test_a_sanitizer_that_hangs_is_ended(tmp_path, monkeypatch):
 
 
 def test_the_sanitizers_see_every_kernel():
-    shapes = [schedule.share_out(*size, 66)[0] for sizes in sanitize.MATMULS.values() for size in sizes]
-    assert any(shape.rounds and schedule.is_cut(shape) for shape in shapes)
-    assert {shape.last_height for shape in shapes} == {0, 1, 2}
+    (first,) = sanitize.FIRST.values()
+    second = [size for sizes in sanitize.MATMULS.values() for size in sizes]
+    for sizes in (second, [(tokens, hidden_dim, model_dim) for tokens, model_dim, hidden_dim in first]):
+        shapes = [schedule.share_out(*size, 66)[0] for size in sizes]
+        assert any(shape.rounds and schedule.is_cut(shape) for shape in shapes)
+        assert {shape.last_height for shape in shapes} == {0, 1, 2}
     source = "".join(path.read_text() for path in compile.CSRC.glob("*.cu"))
-    assert all(sanitize.OURS.search(entry) for entry in ("relu2_sparsify", "relu2_sparsify_any", "sparse_mm"))
-    assert source.count('extern "C" __global__') == 3
+    assert all(sanitize.OURS.search(entry) for entry in ("relu2_sparsify", "relu2_sparsify_any"))
+    assert all(sanitize.OURS.search(entry) for entry in cuda.STAGES)
+    assert source.count('extern "C" __global__') == 2 and source.count("\nMATMUL ") == len(cuda.STAGES) == 2
 
 
 def test_a_wait_without_a_bound(tmp_path, monkeypatch):
     """The macro reaches the kernel: without the bound there is nothing to trap."""
     monkeypatch.setenv("AO_ACT24_CACHE_DIR", str(tmp_path))
-    defines = cuda.matmul_defines(torch.bfloat16)
+    defines = cuda.matmul_defines("sparse_mm", torch.bfloat16)
     bounded, unbounded = (compile.cubin("sparse_mm", {**defines, **more}) for more in ({}, sanitize.UNBOUNDED))
     assert bounded != unbounded

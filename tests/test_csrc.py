@@ -56,12 +56,15 @@ def test_packing(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
-def test_matmul(dtype, tmp_path):
-    sass = instructions(compile.cubin("sparse_mm", cuda.matmul_defines(dtype)), tmp_path)
+@pytest.mark.parametrize(
+    "name, product, count",  # four stages of two steps, unrolled; a stage of four steps
+    [("sparse_mm", "HGMMA.SP.64x256x32.F32", 8), ("linear_relu2_sparsify", "HGMMA.64x256x16.F32", 4)],
+)
+def test_matmuls(name, product, count, dtype, tmp_path):
+    sass = instructions(compile.cubin(name, cuda.matmul_defines(name, dtype)), tmp_path)
     check_local_memory(sass)
     element = {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
-    shape = f"HGMMA.SP.64x256x32.F32{element}"
-    assert sum(f"{shape} " in line for line in sass) == 8, "four stages of two steps, unrolled"
+    assert sum(f"{product}{element} " in line for line in sass) == count
     # ptxas would wait for each product by itself where it cannot keep them apart (C7510)
     assert sum("DEPBAR.LE gsb0, 0x0" in line for line in sass) == 1
     # an acquire or release of cluster scope flushes caches at every stage
@@ -69,10 +72,18 @@ def test_matmul(dtype, tmp_path):
     assert not [line for line in sass[products[0] : products[-1]] if re.search("CCTL|MEMBAR|ERRBAR", line)]
 
 
+@pytest.mark.parametrize("name", cuda.STAGES)
+def test_threads_exchange_nothing(name, tmp_path):
+    """The order in which the weight is brought in leaves each thread what it has to store."""
+    sass = instructions(compile.cubin(name, cuda.matmul_defines(name, torch.bfloat16)), tmp_path)
+    assert not [line for line in sass if "SHFL" in line]
+    assert sum("UTMALDG.5D.MULTICAST" in line for line in sass) == 1
+
+
 @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
 def test_metadata_is_not_overwritten_while_it_is_read(dtype, tmp_path):
     """wgmma reads its metadata registers while it runs; ptxas does not know, so the source waits in time."""
-    sass = instructions(compile.cubin("sparse_mm", cuda.matmul_defines(dtype)), tmp_path)
+    sass = instructions(compile.cubin("sparse_mm", cuda.matmul_defines("sparse_mm", dtype)), tmp_path)
     read, seen = set(), 0
     for line in sass:
         if product := re.search(r"HGMMA\.SP\S* R\d+, gdesc\[\w+\], R\d+, (?:!?UP\w+, )?(R\d+), 0x[01]", line):
@@ -86,18 +97,19 @@ def test_metadata_is_not_overwritten_while_it_is_read(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
-def test_a_block_of_three_consumers_fits(dtype, tmp_path):
+@pytest.mark.parametrize("name", cuda.STAGES)
+def test_a_block_of_three_consumers_fits(name, dtype, tmp_path):
     """It is launched with 128 registers a thread; what its parts take later adds up to what a multiprocessor has."""
     start = cuda.MATMUL_STARTS_WITH
-    code = compile.starting_with(compile.cubin("sparse_mm", cuda.matmul_defines(dtype)), start)
+    code = compile.starting_with(compile.cubin(name, cuda.matmul_defines(name, dtype)), start)
     sass = instructions(code, tmp_path)
     (take,), (give,) = (
         [i for i, line in enumerate(sass) if what in line] for what in ("USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC")
     )
     taken, kept = (int(sass[i].split()[-1], 16) for i in (take, give))
-    assert 128 * (3 * taken + kept) <= 65536 == start * cuda._MATMUL_THREADS
+    assert 128 * (3 * taken + kept) <= 65536 == start * cuda.MATMUL_THREADS
     for part, registers in ((sass[:take], start), (reachable(sass, take), taken), (reachable(sass, give), kept)):
-        assert len(part) > 50
+        assert len(part) > 40
         assert max(int(register) for line in part for register in re.findall(r"\bR(\d+)\b", line)) < registers
     with pytest.raises(RuntimeError, match="must hold one register count, got 0"):
         compile.starting_with(b"no cubin", start)

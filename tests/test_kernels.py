@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import ao_act24
 from ao_act24 import when
-from ao_act24.kernels import cuda, reference, schedule
+from ao_act24.kernels import cuda, reference
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
@@ -100,7 +101,7 @@ def check_matmul(tokens, model_dim, hidden_dim, dtype=torch.bfloat16, bias=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 191, 193, 383, 385, 1000, 8191])
-@pytest.mark.parametrize(("model_dim", "hidden_dim"), [(8, 64), (264, 192), (520, 1088), (2056, 704), (4096, 256)])
+@pytest.mark.parametrize(("model_dim", "hidden_dim"), [(8, 64), (264, 192), (576, 1088), (2056, 704), (4096, 256)])
 def test_matmul(tokens, model_dim, hidden_dim):
     check_matmul(tokens, model_dim, hidden_dim)
 
@@ -110,6 +111,48 @@ def test_matmul(tokens, model_dim, hidden_dim):
 @pytest.mark.parametrize("tokens", [256, 384])
 def test_matmul_dtypes_and_bias(tokens, bias, dtype):
     check_matmul(tokens, 512, 512, dtype, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 63, 65, 127, 193, 385, 8191])
+@pytest.mark.parametrize(("model_dim", "hidden_dim"), [(8, 64), (72, 192), (256, 1088), (520, 4096)])
+def test_the_first_matmul_packs_the_bits_of_its_result(tokens, model_dim, hidden_dim, bias, dtype):
+    """Small integers: no sum is rounded, so that its bits are known, and many are ties."""
+    x = torch.randint(-2, 3, (tokens, model_dim), device="cuda").to(dtype)
+    weight = torch.randint(-1, 2, (hidden_dim, model_dim), device="cuda").to(dtype)
+    offset = torch.randint(-3, 4, (hidden_dim,), device="cuda").to(dtype) if bias else None
+    want = reference.linear_relu2_sparsify(x, weight, offset)
+    for got, right in zip(cuda.linear_relu2_sparsify(x, weight, offset), want):
+        assert torch.equal(got, right)
+
+
+def test_the_first_matmul_is_as_exact_as_a_dense_one():
+    x, weight = random(3000, 2048), random(4096, 2048) / 2048**0.5
+    exact = F.linear(x.double(), weight.double()).clamp_min(0).square()
+    packed, metadata = cuda.linear_relu2_sparsify(x, weight)
+    dense = reference.unpack(*reference.relu2_sparsify(F.linear(x, weight)))
+    errors = [(out.double() - exact)[out != 0].norm() for out in (reference.unpack(packed, metadata), dense)]
+    assert errors[0] <= 1.02 * errors[1]
+    for _ in range(100):
+        assert all(torch.equal(*pair) for pair in zip(cuda.linear_relu2_sparsify(x, weight), (packed, metadata)))
+
+
+def test_the_first_matmul_with_nan_and_infinity():
+    x, weight = random(300, 256), random(512, 256)
+    x[5, 7], x[9, 100] = float("nan"), float("inf")
+    packed, _ = cuda.linear_relu2_sparsify(x, weight)
+    assert packed[5].isnan().all() and (packed[9].isinf() | packed[9].isnan() | (packed[9] == 0)).all()
+    rest = [row for row in range(300) if row not in (5, 9)]
+    assert packed[rest].isfinite().all()
+
+
+@pytest.mark.parametrize(("model_dim", "hidden_dim"), [(7, 64), (64, 68), (12, 12), (64, 0)])
+def test_sizes_that_the_first_matmul_does_not_take(model_dim, hidden_dim):
+    x, weight = random(65, model_dim), random(hidden_dim, model_dim)
+    want = cuda.relu2_sparsify(F.linear(x, weight))
+    assert all(torch.equal(*pair) for pair in zip(cuda.linear_relu2_sparsify(x, weight), want))
+    assert cuda.linear_relu2_sparsify(x[:0], weight)[0].shape == (0, hidden_dim // 2)
 
 
 @pytest.mark.parametrize(("model_dim", "hidden_dim"), [(7, 64), (64, 68), (12, 12), (0, 64)])
@@ -134,11 +177,10 @@ def test_every_output_is_written_and_nothing_else(monkeypatch):
     """Outputs and scratch memory come poisoned, with a guard behind them."""
     guards = []
 
-    def poisoned(self, *size, dtype=None, **_):
-        shape = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
-        count, dtype = torch.Size(shape).numel(), dtype or self.dtype
+    def poisoned(shape, strides, dtype):
+        count = torch.Size(shape).numel()
         value = 0x5A if dtype == torch.uint8 else float("nan")
-        buffer = torch.full((count + 64,), value, dtype=dtype, device=self.device)
+        buffer = torch.full((count + 64,), value, dtype=dtype, device="cuda")
         guards.append(buffer[count:])
         return buffer[:count].view(shape)
 
@@ -147,7 +189,7 @@ def test_every_output_is_written_and_nothing_else(monkeypatch):
     want = cuda.sparse_mm(packed, metadata, weight)
     h = random(999, 1000)
     codes = reference.relu2_sparsify(h)
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(cuda, "_empty", poisoned)
     assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
     assert all(torch.equal(*pair) for pair in zip(cuda.relu2_sparsify(h), codes))
     assert len(guards) == 4
@@ -166,8 +208,8 @@ def test_nan_and_infinity_stay_in_their_rows():
 def test_the_same_bits_every_time():
     packed, metadata = cuda.relu2_sparsify(random(5000, 2048))
     weight = random(2048, 2048)
-    plan = cuda._plan(5000, 2048, 2048, torch.bfloat16, 0)
-    assert schedule.is_cut(plan.shape) and plan.shape.last_height, "tiles are cut, and some are lower"
+    plan = cuda._sparse_mm(packed.shape, weight.shape, torch.bfloat16, 0, threading.get_ident())
+    assert plan.partial_floats, "tiles are cut: the harder case"
     want = cuda.sparse_mm(packed, metadata, weight)
     for _ in range(100):
         assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
@@ -232,6 +274,19 @@ def outputs(mlp, x):
     """In 2:4, from the reference, and dense."""
     h = mlp.up(x)
     return reference.sparse_mm(*reference.relu2_sparsify(h), mlp.down.weight, mlp.down.bias), mlp(x)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_inductor_calls_them_itself(mode):
+    mlp, always = MLP(256, 1024).cuda().bfloat16(), ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
+    compiled = torch.compile(mlp, backend=always, mode=mode, fullgraph=True)
+    with torch.no_grad(), fresh_cache():
+        _, (code, *_) = run_and_get_code(compiled, random(600, 256))
+        assert "ao_act24_cuda.sparse_mm(" in code and "= torch.ops.ao_act24" not in code
+        for _ in range(5):
+            x = random(600, 256)
+            want, _ = outputs(mlp, x)
+            assert (compiled(x) - want).norm() < 1e-2 * want.norm()
 
 
 @pytest.mark.parametrize("way", ["backend", "sparsify_", "both"])

@@ -19,6 +19,7 @@ def tensors(dtype=F64, tokens=(3, 5), hidden_dim=12, out_dim=7, requires_grad=Tr
     packed, metadata = ops.relu2_sparsify(h.detach())
     return {
         "relu2_sparsify": (h,),
+        "linear_relu2_sparsify": (grad, make(hidden_dim, out_dim), make(hidden_dim)),
         "sparsify": (h,),
         "gather": (h, metadata),
         "unpack": (packed.requires_grad_(requires_grad), metadata),
@@ -65,14 +66,15 @@ def test_gradcheck(name):
 
     arguments = tensors()[name]
     assert torch.autograd.gradcheck(first, arguments)
-    if name != "relu2_sparsify":
+    if "relu2" not in name:
         assert torch.autograd.gradgradcheck(first, arguments)
 
 
-def test_second_derivative_is_refused():
-    (h,) = tensors()["relu2_sparsify"]
+@pytest.mark.parametrize("name", ["relu2_sparsify", "linear_relu2_sparsify"])
+def test_second_derivative_is_refused(name):
+    arguments = tensors()[name]
     with pytest.raises(NotImplementedError, match="second derivative"):
-        torch.autograd.grad(ops.relu2_sparsify(h)[0].sum(), h, create_graph=True)
+        torch.autograd.grad(getattr(ops, name)(*arguments)[0].sum(), arguments[0], create_graph=True)
 
 
 @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
@@ -97,6 +99,8 @@ def test_block_equals_oracle(dtype):
     h = torch.nn.functional.linear(x, w1)
     want = torch.autograd.grad(torch.nn.functional.linear(relu2_24(h), w2).square().sum(), leaves)
     bound = 1e-6 if dtype == torch.float32 else 1e-2
+    assert all(relative_error(g, w) < bound for g, w in zip(got, want))
+    got = torch.autograd.grad(ops.sparse_mm(*ops.linear_relu2_sparsify(x, w1), w2).square().sum(), leaves)
     assert all(relative_error(g, w) < bound for g, w in zip(got, want))
 
 
@@ -172,6 +176,9 @@ NARROW = dict(tokens=(4,), hidden_dim=8, out_dim=6, requires_grad=False)
         (lambda p, m, w, b: ops.unpack(p, m.repeat(1, 2)), ValueError, r"metadata .* \(16, 32\) .* got \(16, 64\)"),
         (lambda p, m, w, b: ops.gather(torch.ones(17, 12), m), ValueError, r"metadata .* \(32, 32\) .* \(17, 12\)"),
         (lambda p, m, w, b: ops.sampled_mm(torch.ones(4, 5, dtype=F64), w, m), ValueError, "weight .* D = 5"),
+        (lambda p, m, w, b: ops.linear_relu2_sparsify(p, w), ValueError, r"weight .* 4 and D = 4 .* \(6, 8\)"),
+        (lambda p, m, w, b: ops.linear_relu2_sparsify(p, w[:4, :4].half()), TypeError, "weight .* x, torch.float64"),
+        (lambda p, m, w, b: ops.linear_relu2_sparsify(p, w[:4, :4], b), ValueError, r"bias .* \(4,\) .* \(6,\)"),
     ],
 )
 def test_bad_input(call, error, message):

@@ -1,10 +1,8 @@
 // packed, metadata = the two largest of every four relu(h)^2, h = x[T, D] @ weight[H, D]^T + bias[H] rounded to 16-bit floats:
 // a matmul (see tiles.cuh) whose result never goes to memory but packed.
 //
-// wgmma leaves columns 8a + 2q and 8a + 2q + 1 with thread q of a quad. The rows of `weight` are brought in in another order,
-// which costs nothing, the copy engine taking them as an array of five dimensions: row 16q + 2a + b of every 64 comes to lie
-// at 8a + 2q + b. So thread q holds columns 16q to 16q + 15 of every 64, in rows g and g + 8: whole groups of four, kept values
-// that fill 16 bytes, and just the codes that it has to store as metadata. Nothing is exchanged between threads.
+// A thread's results (see tiles.cuh) are whole groups of four in 16 columns of two rows, whose kept values fill 16 bytes and
+// whose codes are just what it has to store as metadata.
 //
 // Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES.
 
@@ -22,8 +20,7 @@ struct LinearRelu2Sparsify {
 
   __device__ __forceinline__ void bring(u32 a, u32 b, u32 ready, int k, const Tile& tile, u32 rank) const {
     copy_box(a, x_map, k * K, tile.row, ready);
-    const int column = tile.column + rank * (TILE_N / CLUSTER);
-    copy_box_to((1 << CLUSTER) - 1, b + rank * (B_BYTES / CLUSTER), weight_map, k * K, 0, 0, 0, column / 64, ready);
+    bring_b(b, weight_map, ready, k, tile, rank);
   }
 
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Segment& segment) const {
@@ -46,17 +43,16 @@ struct LinearRelu2Sparsify {
   }
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
-    const u32 lane = thread_index() % 32, q = lane % 4;
-    const int block = tile.row / 16 + (int)(thread_index() / 32), row = block * 16 + (int)lane / 4;
-    u16* line = packed + (i64)row * (shape.columns / 2) + tile.column / 2 + 8 * q;
-    const u16* offset = bias + tile.column + 16 * q;
+    const Place place = place_of(tile);
+    const int row = place.row, block = row / 16;
+    u16* line = packed + (i64)row * (shape.columns / 2) + place.column / 2;
     u32 codes[4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       codes[s] = 0x44444444u;
       if (tile.column + 64 * s >= shape.columns) continue;
       u32 biases[8] = {}, upper[4], lower[4];
-      if (bias != nullptr) load_eight(biases, offset + 64 * s);
+      if (bias != nullptr) load_sixteen(biases, bias + place.column + 64 * s);
       u32 word = 0;
 #pragma unroll
       for (int group = 0; group < 4; ++group) {
@@ -85,7 +81,7 @@ struct LinearRelu2Sparsify {
       if (row >= shape.tokens) codes[s] = 0x44444444u;
       else if (row + 8 >= shape.tokens) codes[s] = (codes[s] & 0xFFFF) | 0x44440000u;
     }
-    metadata[((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + lane] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+    metadata[((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
   }
 };
 

@@ -110,16 +110,8 @@ __device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int c
       : "memory");
 }
 
-// The same into every block of the cluster that `blocks` has a bit for, at the same shared address and barrier.
-__device__ __forceinline__ void copy_box_to(u16 blocks, u32 shared, const TensorMap& map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%2, %3}], [%4], %5;" ::"r"(shared),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
-      : "memory");
-}
-
-// The same of a tensor of five dimensions.
+// The same of a tensor of five dimensions, into every block of the cluster that `blocks` has a bit for, at the same shared
+// address and barrier.
 __device__ __forceinline__ void copy_box_to(u16 blocks, u32 shared, const TensorMap& map, int i0, int i1, int i2, int i3, int i4,
                                             u32 barrier) {
   asm volatile(
@@ -251,15 +243,8 @@ __device__ __forceinline__ uint4 load_metadata(const uint4* pointer) {
   return value;
 }
 
-// Two of them. Volatile: else all such loads of a kernel are moved to its front, for which there are no registers.
-__device__ __forceinline__ u32 load_two(const u16* pointer) {
-  u32 word;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(pointer));
-  return word;
-}
-
 // Sixteen 16-bit floats.
-__device__ __forceinline__ void load_eight(u32 (&words)[8], const u16* pointer) {
+__device__ __forceinline__ void load_sixteen(u32 (&words)[8], const u16* pointer) {
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
     const uint4 four = __ldg((const uint4*)(pointer + 2 * i));

@@ -15,7 +15,7 @@ struct SparseMM {
 
   __device__ __forceinline__ void bring(u32 a, u32 b, u32 ready, int k, const Tile& tile, u32 rank) const {
     copy_box(a, packed_map, k * (K / 2), tile.row, ready);
-    copy_box_to((1 << CLUSTER) - 1, b + rank * (B_BYTES / CLUSTER), weight_map, k * K, tile.column + rank * (TILE_N / CLUSTER), ready);
+    bring_b(b, weight_map, ready, k, tile, rank);
   }
 
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Segment& segment) const {
@@ -48,33 +48,26 @@ struct SparseMM {
     }
   }
 
-  // Thread q of a quad holds columns 2q, 2q + 1 of every eight, in rows g and g + 8. Neighbours swap, so that each writes four
-  // columns at once and a row's 32 bytes go out together.
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
-    const u32 lane = thread_index() % 32, q = lane % 4;
-    const int row = tile.row + (int)(thread_index() / 32 * 16 + lane / 4);
-    const bool is_odd = q & 1;
-    u16* line = out + (i64)row * shape.columns + tile.column + 8 * is_odd + 4 * (q / 2);
-    const u16* offset = bias + tile.column + 2 * q;
-    const int columns = shape.columns - tile.column, biased = bias == nullptr ? 0 : columns;  // multiples of 8
+    const Place place = place_of(tile);
+    u16* line = out + (i64)place.row * shape.columns + place.column;
 #pragma unroll
-    for (int j = 0; j < TILE_N / 8; j += 2) {
-      u32 two[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) two[i] = 8 * (j + i) < biased ? load_two(offset + 8 * (j + i)) : 0;
+    for (int s = 0; s < 4; ++s) {
+      if (tile.column + 64 * s >= shape.columns) return;
+      u32 biases[8] = {};
+      if (bias != nullptr) load_sixteen(biases, bias + place.column + 64 * s);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        u32 pair[2];
+        u32 words[8];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float* v = d + 4 * (j + i) + 2 * half;
-          pair[i] = pack_floats(v[0] + low_float(two[i]), v[1] + high_float(two[i]));
+        for (int a = 0; a < 8; ++a) {
+          const float* v = d + 32 * s + 4 * a + 2 * half;
+          words[a] = pack_floats(v[0] + low_float(biases[a]), v[1] + high_float(biases[a]));
         }
-        const u32 received = __shfl_xor_sync(0xFFFFFFFFu, is_odd ? pair[0] : pair[1], 1);
-        const uint2 four = is_odd ? make_uint2(received, pair[1]) : make_uint2(pair[0], received);
-        if (row + 8 * half < shape.tokens && 8 * (j + is_odd) < columns) {
-          *(uint2*)(line + 8 * half * (i64)shape.columns + 8 * j) = four;
-        }
+        if (place.row + 8 * half >= shape.tokens) continue;
+        u16* to = line + 8 * half * (i64)shape.columns + 64 * s;
+        store_four(to, make_uint4(words[0], words[1], words[2], words[3]));
+        store_four(to + 8, make_uint4(words[4], words[5], words[6], words[7]));
       }
     }
   }

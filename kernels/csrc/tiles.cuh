@@ -8,6 +8,11 @@
 // Blocks are persistent and walk over tiles. Tiles that are left after whole rounds are a stream of groups of four stages
 // that is cut into pieces of equal work, one for each cluster: a tile that a cut goes through is summed in parts, in a fixed
 // order, all but the last of which go through `partial`. schedule.py shares out the work.
+//
+// wgmma leaves columns 8a + 2q and 8a + 2q + 1 with thread q of a quad. B's rows are brought in in another order, which costs
+// nothing, the copy engine taking them as an array of five dimensions: row 16q + 2a + b of every 64 comes to lie at
+// 8a + 2q + b. So thread q ends with columns 16q to 16q + 15 of every 64, in rows g and g + 8: d[32 s + 4 a + b] and, of row
+// g + 8, d[32 s + 4 a + b + 2] is column 64 s + 16 q + 2 a + b. It stores whole vectors and exchanges nothing. N % 64 == 0.
 #pragma once
 
 #include "ptx.cuh"
@@ -96,6 +101,22 @@ struct Ring {
 // below take and give what they need before they use it.
 #define MATMUL extern "C" __global__ void __maxnreg__(CONSUMER_REGISTERS) __cluster_dims__(CLUSTER, 1, 1)
 
+// This block's part of B's tile, into all blocks of the cluster.
+__device__ __forceinline__ void bring_b(u32 b, const TensorMap& map, u32 ready, int k, const Tile& tile, u32 rank) {
+  const int column = tile.column + rank * (TILE_N / CLUSTER);
+  copy_box_to((1 << CLUSTER) - 1, b + rank * (B_BYTES / CLUSTER), map, k * K, 0, 0, 0, column / 64, ready);
+}
+
+// Where a thread's results belong: row g (and g + 8), and its first column.
+struct Place {
+  int row, column;
+};
+
+__device__ __forceinline__ Place place_of(const Tile& tile) {
+  const u32 thread = thread_index();
+  return {tile.row + (int)(thread / 32 * 16 + thread % 32 / 4), tile.column + (int)(thread % 4 * 16)};
+}
+
 // A Kernel has `STAGE_BYTES`, A's part first; `bring(a, b, ready, k, tile, rank)`, which starts the copies of stage k;
 // `multiply(d, ring, tile, segment)`, which waits for each stage of a segment, releases it when it has been read, and ends when
 // the products are in d; and `store(d, tile)`.
@@ -155,12 +176,12 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape, f
       ring.turn = launder(ring.turn);
       segment_at(shape, ring.turn / 2, segment);
       if (segment.last < shape.groups) {
-        float4* to = partial + (i64)blockIdx.x * PARTIAL + threadIdx.x;
+        float4* to = partial + (i64)blockIdx.x * PARTIAL + thread_index();
 #pragma unroll
         for (int j = 0; j < TILE_N / 8; ++j) to[j * 128 * WARPGROUPS] = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
         __threadfence();
         sync_threads(128 * tile_of(shape, segment.tile, 0).height);
-        if (threadIdx.x == 0) flag_raise(flags + blockIdx.x);
+        if (thread_index() == 0) flag_raise(flags + blockIdx.x);
         continue;
       }
       for (int first = segment.first, other = blockIdx.x / CLUSTER; first > 0;) {
@@ -169,7 +190,7 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape, f
         if (before == first) continue;  // an empty piece
         first = before;
         const int block = other * CLUSTER + cluster_rank();
-        const float4* from = partial + (i64)block * PARTIAL + threadIdx.x;
+        const float4* from = partial + (i64)block * PARTIAL + thread_index();
         flag_wait(flags + block);
 #pragma unroll
         for (int j = 0; j < TILE_N / 8; ++j) {

@@ -1,0 +1,49 @@
+"""Let the first matmul of a rewritten site pack its own result, so that the hidden activation never goes to memory.
+
+Before::
+
+    h                = linear(x, W1, b1)
+    packed, metadata = ao_act24.relu2_sparsify(h)
+
+After::
+
+    packed, metadata = ao_act24.linear_relu2_sparsify(x, W1, b1)
+
+Where there is a kernel for it, and nobody else needs ``h``.
+"""
+
+from torch.fx import Graph
+
+from ao_act24 import ops
+from ao_act24.when import why_not_fused
+
+from .rewrite import Emitter, parameters
+from .vocabulary import Linear, as_linear, is_our_op, value
+
+
+def fuse(graph: Graph) -> None:
+    """Fuse wherever it is possible, in place. The graph must know shapes, dtypes and devices."""
+    for node in [node for node in graph.nodes if is_our_op(node, "relu2_sparsify")]:
+        up = as_linear(node.args[0])
+        if up is None or set(up.node.users) != {node}:
+            continue
+        emit = Emitter(node)
+        if not _fits(up):
+            continue
+        fused = emit.call(ops.linear_relu2_sparsify.default, up.input, *parameters(emit, up))
+        node.replace_all_uses_with(fused)
+        graph.erase_node(node)
+        graph.erase_node(up.node)
+
+
+def _fits(up: Linear) -> bool:
+    x, h, weight = value(up.input), value(up.node), value(up.weight)
+    bias = None if up.bias is None else value(up.bias)
+    if x is None or h is None or weight is None or (bias is None) != (up.bias is None):
+        return False
+    alike = [tensor for tensor in (x, h, weight, bias) if tensor is not None]
+    if any(tensor.dtype != h.dtype or tensor.device != h.device for tensor in alike) or (
+        bias is not None and bias.ndim != 1
+    ):
+        return False  # under autocast, for example
+    return not why_not_fused(h.device, h.dtype, x.shape[-1], h.shape[-1], h.requires_grad)

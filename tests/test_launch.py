@@ -1,0 +1,124 @@
+"""What reaches the driver, on a machine that has none: a stand-in reads the launches of ``kernels.cuda``."""
+
+import ctypes
+import threading
+
+import pytest
+import torch
+from cuda.bindings import driver
+
+from ao_act24.kernels import cuda, reference, schedule
+
+KERNEL = 0x7FFF12345678
+STREAM = 0x7FFF00000040
+SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
+BF16 = torch.bfloat16
+
+
+class Driver:
+    """Notes what is zeroed and launched. A tensor map's first word is its pointer here."""
+
+    def __init__(self):
+        self.launches, self.zeroed = 0, []
+
+    def __getattr__(self, name):
+        return getattr(driver, name)
+
+    def cuLaunchKernel(self, kernel, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
+        assert (kernel, z, threads_y, threads_z, stream, extra) == (KERNEL, 1, 1, 1, STREAM, 0)
+        self.launches, self.blocks = self.launches + 1, x * y
+        self.arguments = (ctypes.c_void_p * (8 if threads > 256 else 6)).from_address(parameters)[:]
+        self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
+        return SUCCESS
+
+    def cuMemsetD32Async(self, pointer, value, words, stream):
+        assert (value, stream) == (0, STREAM)
+        self.zeroed.append((pointer, words))
+        return SUCCESS
+
+    def cuTensorMapEncodeTiled(self, *_):
+        return *SUCCESS, driver.CUtensorMap()
+
+    def cuTensorMapReplaceAddress(self, tensor_map, pointer):
+        assert tensor_map.getPtr() % 64 == 0
+        ctypes.c_int64.from_address(tensor_map.getPtr()).value = pointer
+        return SUCCESS
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    stand_in = Driver()
+    monkeypatch.setattr(cuda, "_driver", lambda: stand_in)
+    monkeypatch.setattr(cuda, "_packing_kernel", lambda *_: KERNEL)
+    monkeypatch.setattr(cuda, "_matmul_kernel", lambda *_: (KERNEL, 66))
+    monkeypatch.setattr(cuda, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
+    plans = cuda._packing, cuda._sparse_mm, cuda._linear_relu2_sparsify
+    for plan in plans:
+        plan.cache_clear()
+    yield stand_in
+    for plan in plans:
+        plan.cache_clear()
+
+
+def test_packing(launched):
+    for h in (torch.randn(2, 24, 64).to(BF16), torch.randn(2, 24, 64).to(BF16), torch.randn(9, 128).to(BF16)[:, 64:]):
+        packed, metadata = cuda.relu2_sparsify(h)
+        assert [t.shape for t in (packed, metadata)] == [t.shape for t in reference.relu2_sparsify(h)]
+        assert packed.is_contiguous() and metadata.is_contiguous()
+        sizes = [64, 48, 64] if h.is_contiguous() else [128, 9, 64]
+        assert launched.words == [h.data_ptr(), sizes[0], packed.data_ptr(), metadata.data_ptr(), *sizes[1:]]
+    assert launched.launches == 3 and not launched.zeroed
+
+
+@pytest.mark.parametrize(("tokens", "streamed"), [(384 * 66, False), (500, True)])
+def test_sparse_mm(tokens, streamed, launched):
+    for bias in (torch.randn(256).to(BF16), None):
+        packed, metadata = reference.relu2_sparsify(torch.randn(tokens, 512).to(BF16))
+        weight = torch.randn(256, 512).to(BF16)
+        out = cuda.sparse_mm(packed.view(2, -1, 256), metadata, weight, bias)
+        assert out.shape == (2, tokens // 2, 256) and out.is_contiguous()
+        assert launched.words[:3] == [packed.data_ptr(), weight.data_ptr(), metadata.data_ptr()]
+        assert launched.words[3:5] == [0 if bias is None else bias.data_ptr(), out.data_ptr()]
+        check_work(launched, tokens, streamed)
+
+
+def check_work(launched, tokens, streamed):
+    partial, flags = launched.words[5:7]
+    assert schedule.Shape.from_address(launched.arguments[7]).tokens == tokens
+    if streamed:
+        assert launched.zeroed.pop() == (flags, launched.blocks) and flags > partial
+    assert not launched.zeroed and bool(partial) == bool(flags) == streamed
+
+
+@pytest.mark.parametrize(("tokens", "streamed"), [(384 * 66, False), (500, True)])
+def test_linear_relu2_sparsify(tokens, streamed, launched):
+    for bias in (torch.randn(256).to(BF16), None):
+        x, weight = torch.randn(2, tokens // 2, 512).to(BF16), torch.randn(256, 512).to(BF16)
+        packed, metadata = cuda.linear_relu2_sparsify(x, weight, bias)
+        assert packed.shape == (2, tokens // 2, 128) and metadata.shape == (-(-tokens // 16) * 16, 32)
+        assert packed.is_contiguous() and metadata.is_contiguous()
+        assert launched.words[:3] == [x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()]
+        assert launched.words[3:5] == [packed.data_ptr(), metadata.data_ptr()]
+        check_work(launched, tokens, streamed)
+
+
+def test_each_thread_has_its_own_arguments(launched):
+    h, seen = torch.randn(8, 64).to(BF16), []
+
+    def run():
+        cuda.relu2_sparsify(h)
+        seen.append(set(launched.arguments))
+
+    for thread in [threading.Thread(target=run) for _ in range(3)]:
+        run()
+        thread.start()
+        thread.join()
+    assert seen[0] == seen[2] == seen[4] and not seen[0] & seen[1]
+
+
+def test_an_error_is_named(launched, monkeypatch):
+    monkeypatch.setattr(Driver, "cuLaunchKernel", lambda *_: (driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,))
+    with pytest.raises(RuntimeError, match="cuLaunchKernel failed: CUDA_ERROR_LAUNCH_FAILED"):
+        cuda.relu2_sparsify(torch.randn(8, 64).to(BF16))
