@@ -136,6 +136,7 @@ class _Packing:
 
 @functools.lru_cache(maxsize=1024)
 def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, index: int, thread: int) -> _Packing:
+    _set_current(index)
     *tokens, hidden_dim = shape
     height, width = layout.metadata_shape(shape)
     packed, metadata = _contiguous((*tokens, hidden_dim // 2), dtype), _contiguous((height, width), torch.uint8)
@@ -180,6 +181,7 @@ def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index
     model_dim, hidden_dim = weight
     if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64:
         return None
+    _set_current(index)
     tokens = packed.numel() // packed[-1]
     packed_map = _TensorMap(dtype, (hidden_dim // 2, tokens), (1,), (32, TILE_ROWS))
     weight_map = _weight_map(dtype, model_dim, hidden_dim)
@@ -196,6 +198,7 @@ def _linear_relu2_sparsify(
     hidden_dim, model_dim = weight
     if x.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
         return None
+    _set_current(index)
     tokens = x.numel() // model_dim
     x_map = _TensorMap(dtype, (model_dim, tokens), (1,), (64, TILE_ROWS))
     weight_map = _weight_map(dtype, hidden_dim, model_dim)
@@ -343,6 +346,13 @@ class _Launch:
         """Zero ``words`` 32-bit words before the launch."""
         stream = torch._C._cuda_getCurrentRawStream(self._index)
         _checked("cuMemsetD32Async", self._driver.cuMemsetD32Async(pointer, 0, words, stream))
+
+
+def _set_current(index: int) -> None:
+    """Make the device's context the calling thread's: the driver needs one, and torch makes it current late."""
+    from cuda.core import Device
+
+    Device(index).set_current()
 
 
 @functools.cache

@@ -369,7 +369,7 @@ DECOYS = {
     ),
     "RMSNorm by hand": (lambda m, x: m.up(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), None),
     "no linear before": (
-        lambda m, x: m.down(relu2(F.pad(x, (0, 8)))),
+        lambda m, x: m.down(relu2(F.pad(x, (0, HIDDEN_DIM - MODEL_DIM)))),
         "does not come from a linear layer but from pad",
     ),
     "out=": (out_argument, "square writes into the tensor given by out="),

@@ -210,7 +210,7 @@ def test_where_there_is_no_kernel_or_none_that_pays_it_stays_dense(monkeypatch):
     for changed, reason in (
         ((torch.float32, 8192, 4096, 16384, False), "take bfloat16 and float16, got torch.float32"),
         ((torch.bfloat16, 16, 4096, 16384, False), "tokens on, got 16"),
-        ((torch.bfloat16, 8192, 4, 16384, False), "model_dim divisible by 8, got 4"),
+        ((torch.bfloat16, 8192, 4, 16384, False), "model_dim divisible by 64, got 4"),
         ((torch.bfloat16, 4095, 2048, 8192, False), "pays from 4096 tokens on at this size, got 4095"),
         ((torch.bfloat16, 8192, 4096, 16388, False), "hidden_dim divisible by 64, got 16388"),
         ((torch.bfloat16, None, 4096, None, True), "training stays dense"),

@@ -49,6 +49,7 @@ class Driver:
 def launched(monkeypatch):
     stand_in = Driver()
     monkeypatch.setattr(cuda, "_driver", lambda: stand_in)
+    monkeypatch.setattr(cuda, "_set_current", lambda index: None)
     monkeypatch.setattr(cuda, "_packing_kernel", lambda *_: KERNEL)
     monkeypatch.setattr(cuda, "_matmul_kernel", lambda *_: (KERNEL, 66))
     monkeypatch.setattr(cuda, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
