@@ -215,6 +215,18 @@ def test_the_same_bits_every_time():
         assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
 
 
+@pytest.mark.parametrize("tokens", [8, 128, 512, 640, 768, 8192])
+def test_thousands_of_launches(tokens):
+    """Tiles of which one, two or three warpgroups work, whole and cut: that no wait is ever missed."""
+    x, up, down = random(tokens, 512), random(1024, 512) / 512**0.5, random(1024, 1024) / 32
+    first = cuda.linear_relu2_sparsify(x, up)
+    second = cuda.sparse_mm(*first, down)
+    for _ in range(300 if tokens == 8192 else 3000):
+        again = cuda.linear_relu2_sparsify(x, up)
+        out = cuda.sparse_mm(*again, down)
+    assert all(torch.equal(*pair) for pair in zip((*again, out), (*first, second)))
+
+
 def test_side_streams_and_threads():
     operands = [(*cuda.relu2_sparsify(random(3000, 1024)), random(1024, 1024)) for _ in range(4)]
     want = [cuda.sparse_mm(*operand) for operand in operands]

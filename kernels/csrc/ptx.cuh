@@ -75,8 +75,10 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
   }
 }
 
-// Among `threads` threads of the block.
-__device__ __forceinline__ void sync_threads(u32 threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+// Among `threads` threads of the block. Barrier 0 is for all of them.
+__device__ __forceinline__ void sync_threads(u32 barrier, u32 threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 // A flag in global memory that tells other blocks that what was written before is there.
 __device__ __forceinline__ void flag_raise(u32* flag) { asm volatile("st.release.gpu.u32 [%0], 1;" ::"l"(flag) : "memory"); }

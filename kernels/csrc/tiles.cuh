@@ -161,7 +161,10 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape, f
       const Tile tile = tile_of(shape, segment.tile, cluster_rank());
       if ((int)ring.thread / 128 >= tile.height) {  // nothing to do but to keep pace
         for (int left = 4 * (segment.last - segment.first); left > 0; --left) {
+          // All four warps have seen the stage before it may be filled again: one that looks a whole ring too late would wait
+          // for ever. Where they multiply, wgmma keeps them together.
           ring.wait();
+          sync_threads(2 + ring.thread / 128, 128);
           ring.release(ring.stage);
           ring.next();
         }
@@ -180,7 +183,7 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape, f
 #pragma unroll
         for (int j = 0; j < TILE_N / 8; ++j) to[j * 128 * WARPGROUPS] = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
         __threadfence();
-        sync_threads(128 * tile_of(shape, segment.tile, 0).height);
+        sync_threads(1, 128 * tile_of(shape, segment.tile, 0).height);
         if (thread_index() == 0) flag_raise(flags + blockIdx.x);
         continue;
       }
