@@ -1,15 +1,16 @@
 """Where 2:4 is faster than dense: a rule, as data, with the measurement that it comes from.
 
-Dense over 2:4 time of a whole FFN, forward, bf16, ``torch.compile`` with default options, one H200: ``few_tokens`` of
-``benchmarks/hopper.py``. The middle row is in ``benchmarks/results/hopper-quick.json``, the others are from an earlier
-run. Where launching binds, below about 0.2 ms, it scatters by a factor of two; there the ratio is below 1 because
-launching 2:4 costs host time::
+Dense over 2:4 time of a whole FFN, forward, bf16, ``torch.compile`` with default options, both in a CUDA graph, one
+H200, ``python benchmarks/hopper.py --only tokens``, a run that is not kept (``benchmarks/results/hopper-quick.json``
+holds part of the second row again)::
 
-    D x H            T = 768   1024   1536   2048   4096
-    1024 x 4096         0.48   0.46   0.49   0.48   0.58
-    2048 x 8192         0.42   0.47   0.39   0.86   1.12
-    4096 x 16384        0.98   1.16   1.15   1.13   1.13
+    D x H            T = 128    512   1024   1536   2048   4096
+    1024 x 4096         0.32   0.31   0.55   0.72   0.72   0.94
+    2048 x 8192         0.49   0.67   0.89   1.05   1.02   1.15
+    4096 x 16384        0.67   0.88   1.14   1.25   1.16   1.25
+    8192 x 32768        0.71   0.94   1.21   1.28
 
+Called one by one, without a graph, 2:4 is no slower at the small sizes either: launching binds, and takes less time.
 Few tokens also bind both matmuls to reading the weights, which 2:4 activations do not make smaller.
 """
 

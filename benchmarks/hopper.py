@@ -229,10 +229,10 @@ def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
             shape = tokens, model_dim, hidden_dim
             ffn, x = ffn_and_input(shape, 90)
             runs = compiled(ffn, x, **variants)
-            timed = in_turn(runs, 0.005, 21)
+            timed = in_turn(runs, 0.005, 41)
             calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
             graphs: Runs = {f"{name} graph": captured(run, calls) for name, run in runs.items()}
-            for name, found in in_turn(graphs, 0.005, 21).items():
+            for name, found in in_turn(graphs, 0.005, 41).items():
                 timed[name] = row(name, "ms", [ms / calls for ms in found["samples"]])
             if shape == HOST_AT:
                 single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}

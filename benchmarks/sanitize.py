@@ -97,6 +97,7 @@ def planted(dtype: torch.dtype) -> None:
 def run(sanitizer: str, tool: str, case: str) -> dict[str, Any]:
     """One case under one tool, in its own process group, which is killed after ``LIMIT_S``."""
     options = "--target-processes application-only --report-api-errors no --show-backtrace no --print-limit 20"
+    options += " --launch-timeout 120"  # several start at once: 10 seconds were too few for one of them
     command = [sanitizer, "--tool", tool, *options.split(), sys.executable, __file__, "--workload", case]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.perf_counter()

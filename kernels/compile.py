@@ -43,17 +43,26 @@ class MissingCudaError(RuntimeError):
     """cuda.core, NVRTC or the NVIDIA driver is missing or too old; the message says what to install."""
 
 
+def missing() -> str:
+    """What the kernels need and this machine lacks, in words; empty if it has all."""
+    try:
+        with _compiler():
+            pass
+        with _driver():
+            pass
+    except MissingCudaError as error:
+        return str(error)
+    return ""
+
+
 def cubin(name: str, defines: Mapping[str, int | str] = {}, arch: str = ARCH) -> bytes:
     """``csrc/<name>.cu`` with the macros ``defines``, for ``arch``: from the cache, or compiled and put there.
 
     A source that does not compile raises cuda.core's ``NVRTCError``, which holds the compiler's log.
     """
-    with _requires("cuda-core and NVRTC: pip install cuda-core cuda-bindings==13.* nvidia-cuda-nvrtc==13.*"):
-        from cuda.bindings import nvrtc
+    with _compiler():
         from cuda.core import Program, ProgramOptions
         from cuda.core.utils import make_program_cache_key
-
-        nvrtc.nvrtcVersion()  # the library is loaded here, or not found
 
     source = (CSRC / f"{name}.cu").read_text()
     macros = [(macro, str(value)) for macro, value in sorted(defines.items())]
@@ -101,13 +110,10 @@ def _kernel(
     shared_bytes: int,
     starts_with: int | None,
 ) -> "Kernel":
-    with _requires("the NVIDIA driver, 580 or newer"):
+    with _driver():
         from cuda.bindings import driver
         from cuda.core import Device
 
-        _, version = driver.cuDriverGetVersion()
-        if version < 13000:
-            raise RuntimeError(f"the driver supports CUDA up to {version // 1000}.{version % 1000 // 10}")
     Device(device_index)  # initialises CUDA, where torch has not yet
     found = _library(name, defines, starts_with).get_kernel(entry)
     # A kernel has one limit on a device, whoever asked for it: it is raised, never lowered.
@@ -141,6 +147,27 @@ def starting_with(code: bytes, registers: int) -> bytes:
         raise RuntimeError(f"the cubin must hold one register count, got {code.count(attribute)}")
     at = code.index(attribute) + 8
     return code[:at] + registers.to_bytes(4, "little") + code[at + 4 :]
+
+
+@contextmanager
+def _compiler() -> Iterator[None]:
+    with _requires("cuda-core and NVRTC: pip install cuda-core cuda-bindings==13.* nvidia-cuda-nvrtc==13.*"):
+        import cuda.core  # noqa: F401
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()  # the library is loaded here, or not found
+        yield
+
+
+@contextmanager
+def _driver() -> Iterator[None]:
+    with _requires("the NVIDIA driver, 580 or newer"):
+        from cuda.bindings import driver
+
+        _, version = driver.cuDriverGetVersion()
+        if version < 13000:
+            raise RuntimeError(f"the driver supports CUDA up to {version // 1000}.{version % 1000 // 10}")
+        yield
 
 
 @contextmanager

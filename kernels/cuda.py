@@ -6,7 +6,6 @@ current stream, allocate with torch's allocator, never wait for the GPU, and can
 
 import ctypes
 import functools
-import importlib.util
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +45,7 @@ def _why_not_gpu(index: int) -> str:
         return (
             f"the 2:4 kernels need a Hopper GPU (compute capability 9.0), got {name} ({capability[0]}.{capability[1]})"
         )
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
-        return "the 2:4 kernels are compiled through cuda-core, which is missing: pip install 'ao_act24[cuda]'"
-    return ""
+    return compile.missing()
 
 
 def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:

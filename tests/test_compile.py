@@ -289,13 +289,14 @@ def test_missing_compiler(missing, monkeypatch):
     with pytest.raises(compile.MissingCudaError, match=r"pip install cuda-core .*nvidia-cuda-nvrtc") as raised:
         cubin()
     assert isinstance(raised.value.__cause__, (ImportError, RuntimeError)) and missing in str(raised.value)
+    assert compile.missing() == str(raised.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_missing_driver():
     with pytest.raises(compile.MissingCudaError, match="NVIDIA driver, 580 or newer") as raised:
         compile.kernel("a", "k", {"FACTOR": 2})
-    assert isinstance(raised.value.__cause__, RuntimeError)
+    assert isinstance(raised.value.__cause__, RuntimeError) and compile.missing() == str(raised.value)
 
 
 class FakeDriver:
@@ -348,6 +349,9 @@ def test_old_driver(monkeypatch):
     FakeDriver(monkeypatch, version=12080)
     with pytest.raises(compile.MissingCudaError, match=r"NVIDIA driver, 580 or newer.* CUDA up to 12\.8"):
         compile.kernel("a", "k", {"FACTOR": 2})
+    assert "CUDA up to 12.8" in compile.missing()
+    FakeDriver(monkeypatch)
+    assert compile.missing() == ""
 
 
 def test_threads_that_ask_at_once_get_one_compilation(monkeypatch, compilations):

@@ -123,3 +123,13 @@ def test_an_error_is_named(launched, monkeypatch):
     monkeypatch.setattr(Driver, "cuLaunchKernel", lambda *_: (driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,))
     with pytest.raises(RuntimeError, match="cuLaunchKernel failed: CUDA_ERROR_LAUNCH_FAILED"):
         cuda.relu2_sparsify(torch.randn(8, 64).to(BF16))
+
+
+def test_what_is_missing_is_a_reason_to_stay_dense(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda.compile, "missing", lambda: "no compiler: install it")
+    cuda._why_not_gpu.cache_clear()
+    try:
+        assert cuda.why_not(torch.device("cuda", 0), BF16) == "no compiler: install it"
+    finally:
+        cuda._why_not_gpu.cache_clear()

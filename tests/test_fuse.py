@@ -1,0 +1,101 @@
+"""Which first matmuls pack their own result: a stand-in says that there is a kernel, on a CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import relative_error, relu2_24
+
+from ao_act24 import Act24Config
+from ao_act24.passes import examine, fuse, rewrite_graph
+
+X, W1, B1, W2 = torch.randn(2, 6, 16), torch.randn(64, 16), torch.randn(64), torch.randn(16, 64)
+UNFUSED, FUSED = ["linear", "relu2_sparsify", "sparse_mm"], ["linear_relu2_sparsify", "sparse_mm"]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setattr("ao_act24.when.cuda.why_not", lambda device, dtype: "")
+
+
+def run(function, *inputs):
+    """The output of the rewritten and fused function, and the names of its matmuls and of our operators."""
+    seen = []
+
+    def backend(gm, example_inputs):
+        rewrite_graph(gm.graph, Act24Config())
+        fuse(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        names = [getattr(node.target, "__name__", str(node.target)) for node in gm.graph.nodes]
+        seen.extend(name.split(".")[0].removeprefix("ao_act24::") for name in names)
+        assert [verdict.rewritten for _, verdict in examine(gm, Act24Config())] == [True]
+        return gm.forward
+
+    torch._dynamo.reset()
+    out = torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    return out, [name for name in seen if name in ("linear", "matmul", "addmm", *FUSED, *UNFUSED)]
+
+
+def ffn(first, second=lambda y: F.linear(y, W2)):
+    return lambda x: second(F.relu(first(x)).square())
+
+
+def want(bias=None):
+    return F.linear(relu2_24(F.linear(X, W1, bias)), W2)
+
+
+@pytest.mark.parametrize(
+    "first, bias",
+    [
+        (lambda x: F.linear(x, W1), None),
+        (lambda x: F.linear(x, W1, B1), B1),
+        (lambda x: x @ W1.t(), None),
+        (lambda x: torch.matmul(x, W1.t().contiguous()), None),
+    ],
+)
+def test_fused(first, bias):
+    with torch.no_grad():
+        out, names = run(ffn(first), X)
+    assert names == FUSED and relative_error(out, want(bias)) < 1e-5
+
+
+def test_dynamic():
+    with torch.no_grad():
+        x = X.clone()
+        torch._dynamo.mark_dynamic(x, 1)
+        out, names = run(ffn(lambda x: F.linear(x, W1, B1)), x)
+    assert names == FUSED and relative_error(out, want(B1)) < 1e-5
+
+
+def test_a_gradient_needs_both_steps():
+    x = X.clone().requires_grad_()
+    assert run(ffn(lambda x: F.linear(x, W1)), x)[1] == UNFUSED
+
+
+def test_h_that_is_returned():
+    def both(x):
+        h = F.linear(x, W1)
+        return F.linear(F.relu(h).square(), W2), h
+
+    with torch.no_grad():
+        assert run(both, X)[1] == UNFUSED
+
+
+def test_another_step_in_between():
+    with torch.no_grad():
+        out, names = run(ffn(lambda x: F.linear(x, W1).view(12, 64)), X)
+    assert names == UNFUSED and relative_error(out, want().view(12, 16)) < 1e-5
+
+
+def test_autocast():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert run(ffn(lambda x: F.linear(x, W1)), X)[1] == UNFUSED
+
+
+@pytest.mark.parametrize("shape", [(60, 16), (64, 12)])
+def test_sizes_that_the_kernel_does_not_take(shape):
+    hidden_dim, model_dim = shape
+    w1, w2 = torch.randn(shape), torch.randn(16, hidden_dim)
+    monkey = ffn(lambda x: F.linear(x, w1), lambda y: F.linear(y, w2))
+    with torch.no_grad():
+        assert run(monkey, torch.randn(6, model_dim))[1] == UNFUSED
