@@ -13,6 +13,7 @@ Where there is a kernel for it, and nobody else needs ``h``.
 """
 
 from torch.fx import Graph
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24 import ops
 from ao_act24.when import why_not_fused
@@ -25,11 +26,9 @@ def fuse(graph: Graph) -> None:
     """Fuse wherever it is possible, in place. The graph must know shapes, dtypes and devices."""
     for node in [node for node in graph.nodes if is_our_op(node, "relu2_sparsify")]:
         up = as_linear(node.args[0])
-        if up is None or set(up.node.users) != {node}:
+        if up is None or set(up.node.users) != {node} or not _fits(up):
             continue
         emit = Emitter(node)
-        if not _fits(up):
-            continue
         fused = emit.call(ops.linear_relu2_sparsify.default, up.input, *parameters(emit, up))
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
@@ -42,8 +41,12 @@ def _fits(up: Linear) -> bool:
     if x is None or h is None or weight is None or (bias is None) != (up.bias is None):
         return False
     alike = [tensor for tensor in (x, h, weight, bias) if tensor is not None]
-    if any(tensor.dtype != h.dtype or tensor.device != h.device for tensor in alike) or (
-        bias is not None and bias.ndim != 1
-    ):
-        return False  # under autocast, for example
+    if any(map(is_traceable_wrapper_subclass, alike)):  # a quantised or distributed weight
+        return False
+    if any(tensor.dtype != h.dtype or tensor.device != h.device for tensor in alike):  # under autocast, for example
+        return False
+    if bias is not None and bias.ndim != 1:
+        return False
+    if not (weight.t() if up.transposed else weight).is_contiguous():  # it would be copied at each call
+        return False
     return not why_not_fused(h.device, h.dtype, x.shape[-1], h.shape[-1], h.requires_grad)

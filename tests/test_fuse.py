@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import relative_error, relu2_24
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from ao_act24 import Act24Config
 from ao_act24.passes import examine, fuse, rewrite_graph
@@ -50,7 +52,7 @@ def want(bias=None):
         (lambda x: F.linear(x, W1), None),
         (lambda x: F.linear(x, W1, B1), B1),
         (lambda x: x @ W1.t(), None),
-        (lambda x: torch.matmul(x, W1.t().contiguous()), None),
+        (lambda x: torch.matmul(x, W1.t()), None),
     ],
 )
 def test_fused(first, bias):
@@ -90,6 +92,20 @@ def test_another_step_in_between():
 def test_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert run(ffn(lambda x: F.linear(x, W1)), X)[1] == UNFUSED
+
+
+def test_a_weight_that_lies_the_other_way():
+    weight = W1.t().contiguous()
+    with torch.no_grad():
+        assert run(ffn(lambda x: x @ weight), X)[1] == ["matmul", *UNFUSED[1:]]
+
+
+def test_a_quantised_weight():
+    up = nn.Linear(16, 64)
+    quantize_(up, Int8WeightOnlyConfig())
+    with torch.no_grad():
+        out, names = run(ffn(up), X)
+        assert names == UNFUSED and relative_error(out, F.linear(relu2_24(up(X)), W2)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(60, 16), (64, 12)])
