@@ -97,9 +97,10 @@ def _check_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Ten
 
 
 def _plain_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    *tokens, half = packed.shape
+    *tokens, half = packed.shape or (1,)  # a scalar is not plain
     return (
-        weight.dim() == 2
+        packed.dim() > 0
+        and weight.dim() == 2
         and weight.shape[1] == 2 * half
         and half % 2 == 0
         and metadata.shape == layout.metadata_shape((*tokens, 2 * half))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config, checked
@@ -119,7 +119,7 @@ class _Generated:
     run: _Forward
     inlined: list[tuple[str, type[nn.Module]]]  # submodules whose code was traced, and so is not called any more
     biased: set[str]  # the linear layers among them that have a bias
-    weights: list[str]  # what sparse_mm multiplies by
+    weights: dict[str, bool]  # what sparse_mm multiplies by, and whether it is [hidden_dim, model_dim]
     config: Act24Config
 
 
@@ -146,8 +146,14 @@ def _generate(
         if name and name not in called and not name.startswith(inside_called)
         if name in traced or not isinstance(child, nn.Dropout)  # else never called
     ]
-    multiplied = [node.args[2] for node in graph.nodes if is_our_op(node, "sparse_mm")]
-    weights = [str(node.target) for node in multiplied if isinstance(node, Node) and node.op == "get_attr"]
+    weights = {}
+    for node in graph.nodes:
+        if is_our_op(node, "sparse_mm"):
+            weight = node.args[2]
+            transposed = weight.op == "call_method" and weight.target == "t"
+            weight = weight.args[0] if transposed else weight
+            if weight.op == "get_attr":
+                weights[str(weight.target)] = transposed
     biased = {name for name, _ in inlined if getattr(module.get_submodule(name), "bias", None) is not None}
     return _Generated(namespace["forward"], inlined, biased, weights, config)
 
@@ -207,14 +213,16 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
             return f"{path} drops with p={child.p}"
         if isinstance(child, nn.Linear) and child.bias is not None and path not in generated.biased:
             return f"{path} has a bias, and had none when sparsify_ looked"
-    for path in generated.weights:
+    for path, transposed in generated.weights.items():
         weight = attribute(module, path)
         if is_traceable_wrapper_subclass(weight):
             return f"{path} became a {type(weight).__name__}"
-        if weight.shape[-1] % 4:
+        if weight.shape[0 if transposed else -1] % 4:
             return f"{path} now has shape {tuple(weight.shape)}"
     if inputs and inputs[0].is_cuda and generated.weights and not generated.config.emulate:
-        return cuda.why_not(inputs[0].device, _dtype(inputs[0].device, attribute(module, generated.weights[0])))
+        return cuda.why_not(
+            inputs[0].device, _dtype(inputs[0].device, attribute(module, next(iter(generated.weights))))
+        )
     return ""
 
 
@@ -228,11 +236,12 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
     if not inputs or inputs[0].ndim == 0:
         return ""
     device, tokens = inputs[0].device, inputs[0].numel() // inputs[0].shape[-1]
-    for path in generated.weights:
-        weight = attribute(module, path)
+    for path, transposed in generated.weights.items():
+        weight = attribute(module, path).t() if transposed else attribute(module, path)
         training = torch.is_grad_enabled() and (weight.requires_grad or inputs[0].requires_grad)
         dtype = _dtype(device, weight)
         model_dim, hidden_dim = weight.shape
-        if reason := why_dense(device, dtype, tokens, model_dim, hidden_dim, training, generated.config):
+        size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), training)
+        if reason := why_dense(device, dtype, *size, generated.config):
             return reason
     return ""

@@ -18,17 +18,21 @@ from ao_act24.kernels import cuda
 
 MIN_TOKENS = 1024
 MIN_PRODUCT = 2**36  # tokens * model_dim * hidden_dim: multiplications of one dense matmul
+TILE = 256  # to which the kernels pad both dimensions of a weight
+MAX_PADDING = 1.05  # not measured: a guess that is safe, where 2:4 gains 1.15 and more
 
 
-def why_dense(device, dtype, tokens, model_dim, hidden_dim, training, config):  # type: ignore[no-untyped-def]  # int or SymInt
-    """Why an FFN of this size stays dense; empty if it runs in 2:4. A size may be None: not known yet.
+def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, config) -> str:  # type: ignore[no-untyped-def]
+    """Why an FFN of this size stays dense; empty if it runs in 2:4. A size (int or SymInt) may be None: not known yet.
+
+    ``in_rows``: the down projection's weight lies in memory as ``[model_dim, hidden_dim]``, row after row.
 
     The CPU always runs the reference; so does all with ``emulate``. Comparing a SymInt installs a guard: one model then
     owns a dense and a 2:4 graph.
     """
     if device.type in ("cpu", "meta") or config.emulate:
         return ""
-    reason = cuda.why_not(device, dtype) or _why_slower(tokens, model_dim, hidden_dim, training)
+    reason = cuda.why_not(device, dtype) or _why_slower(tokens, model_dim, hidden_dim, in_rows, training)
     return reason and f"{reason} (Act24Config(emulate=True) runs 2:4 all the same)"
 
 
@@ -42,12 +46,18 @@ def why_not_fused(device, dtype, model_dim, hidden_dim, training) -> str:  # typ
     return cuda.why_not(device, dtype)
 
 
-def _why_slower(tokens, model_dim, hidden_dim, training):  # type: ignore[no-untyped-def]
+def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # type: ignore[no-untyped-def]
     if training:
         return "there are no 2:4 kernels for the backward yet: training stays dense"
     for name, size, factor in (("hidden_dim", hidden_dim, 64), ("model_dim", model_dim, 64)):
         if size is not None and size % factor:
             return f"the 2:4 kernels take {name} divisible by {factor}, got {size}"
+    if not in_rows:
+        return "the down projection's weight is stored [hidden_dim, model_dim]: 2:4 would copy it at each call"
+    if model_dim is not None and hidden_dim is not None:
+        padded = [-(-size // TILE) * TILE for size in (model_dim, hidden_dim)]
+        if padded[0] * padded[1] > MAX_PADDING * model_dim * hidden_dim:
+            return f"the 2:4 kernels would pad a {model_dim} x {hidden_dim} weight to {padded[0]} x {padded[1]}"
     if tokens is None or model_dim is None or hidden_dim is None:
         return ""
     if tokens < MIN_TOKENS:

@@ -64,8 +64,11 @@ def ffn_and_input(shape: Shape, zeros: int) -> tuple[FFN, Tensor]:
     return FFN(model_dim, hidden_dim, zeros), torch.randn(tokens, model_dim, device="cuda").bfloat16()
 
 
-def in_turn(runs: Runs, seconds: float, rounds: int, meter: Meter | None = None) -> dict[str, Row]:
-    """Each of ``runs`` in bursts of about ``seconds``: ms a call; with ``meter`` the clock, watts and joules a call."""
+def in_turn(runs: Runs, seconds: float, rounds: int, meter: Meter | None = None, each: int = 1) -> dict[str, Row]:
+    """Each of ``runs`` in bursts of about ``seconds``: ms a call; with ``meter`` the clock, watts and joules a call.
+
+    ``each``: the calls that one of them makes.
+    """
     calls = {}
     for name, run in runs.items():
         burst(run, 3)
@@ -81,7 +84,7 @@ def in_turn(runs: Runs, seconds: float, rounds: int, meter: Meter | None = None)
             with meter:
                 samples[name].append(burst(runs[name], calls[name]))
             metered[name].append((meter.mhz(), meter.watts()))
-    return {name: row(name, "ms", samples[name], metered[name]) for name in runs}
+    return {name: row(name, "ms", [ms / each for ms in samples[name]], metered[name]) for name in runs}
 
 
 def burst(run: Callable[[], object], calls: int) -> float:
@@ -139,11 +142,23 @@ def captured(run: Callable[[], object], calls: int) -> Callable[[], None]:
     return graph.replay
 
 
+def repeated(run: Callable[[], object], calls: int) -> tuple[Callable[[], object], bool]:
+    """``calls`` of it, and whether as one CUDA graph: where it can be captured."""
+    run()
+    try:
+        return captured(run, calls), True
+    except RuntimeError as error:
+        print(f"not captured: {error}")
+        torch.cuda.synchronize()
+        return lambda: [run() for _ in range(calls)], False
+
+
 def cusparselt(pruned: Tensor, weight: Tensor) -> tuple[Callable[[], Tensor], tuple[int, int, int]]:
     """cuSPARSELt's matmul with the fastest of what its searches find and its default, and which algorithm that is.
 
     A search times each candidate once, and may end at one that takes twice as long. ``torch._cslt_sparse_mm_search``
-    moreover drops the split of K that its choice goes with.
+    moreover drops the split of K that its choice goes with. Each call plans anew, which takes up to 0.2 ms of host
+    time: so all are timed as CUDA graphs.
     """
     compressed, b = torch._cslt_compress(pruned), weight.t()
     algorithms = {(0, 1, -1)}
@@ -154,7 +169,8 @@ def cusparselt(pruned: Tensor, weight: Tensor) -> tuple[Callable[[], Tensor], tu
     for each in algorithms:
         run = functools.partial(torch._cslt_sparse_mm, compressed, b, None, None, None, False, *each)
         with contextlib.suppress(RuntimeError):  # not every algorithm goes without the split that was found for it
-            timed[each] = min(burst(run, 20) for _ in range(3)), run
+            calls, _ = repeated(run, 4)
+            timed[each] = min(burst(calls, 5) for _ in range(3)), run
     best = min(timed, key=lambda each: timed[each][0])
     return timed[best][1], best
 
@@ -172,7 +188,7 @@ def cases(shapes: list[Shape], quick: bool) -> list[tuple[Shape, int]]:
 
 
 def kernels(quick: bool, meter: Meter) -> Iterator[list[Row]]:
-    """Packing against a copy; the second matmul against cuBLAS and cuSPARSELt."""
+    """Packing against a copy; the second matmul against cuBLAS and cuSPARSELt, all as CUDA graphs; and the first."""
     for shape, zeros in cases(FFN_SHAPES if quick else MATMUL_SHAPES, quick):
         ffn, x = ffn_and_input(shape, zeros)
         h, w, b = ffn.up(x), ffn.down.weight, ffn.down.bias
@@ -183,6 +199,8 @@ def kernels(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         matmuls: Runs = {
             "cuBLAS": functools.partial(F.linear, y, w, b),
             "2:4": functools.partial(cuda.sparse_mm, packed, metadata, w, b),
+            "first matmul, cuBLAS": functools.partial(ffn.up, x),
+            "first matmul, packing": functools.partial(cuda.linear_relu2_sparsify, x, ffn.up.weight, ffn.up.bias),
         }
         packing: Runs = {
             "pack": functools.partial(cuda.relu2_sparsify, h),
@@ -195,10 +213,14 @@ def kernels(quick: bool, meter: Meter) -> Iterator[list[Row]]:
             matmuls["cuSPARSELt"] = theirs
             packing["cuSPARSELt compress"] = functools.partial(torch._cslt_compress, pruned)
         rounds = 5 if zeros == 90 else 3
-        timed = in_turn(matmuls, 0.4 if quick else 0.75, rounds, meter) | in_turn(packing, 0.05, rounds, meter)
+        in_graphs = {name: repeated(run, 4) for name, run in matmuls.items()}
+        graphs: Runs = {name: calls for name, (calls, _) in in_graphs.items()}
+        timed = in_turn(graphs, 0.4 if quick else 0.75, rounds, meter, 4) | in_turn(packing, 0.05, rounds, meter)
         sizes = {"pack": sum(t.nbytes for t in (h, packed, metadata)), "copy": 2 * h.nbytes}
         for name, size in sizes.items():
             timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
+        for name, (_, is_graph) in in_graphs.items():
+            timed[name]["graph"] = is_graph
         if algorithm:
             timed["cuSPARSELt"]["algorithm"] = algorithm
         yield placed(timed, shape, zeros)
@@ -232,8 +254,7 @@ def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
             timed = in_turn(runs, 0.005, 41)
             calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
             graphs: Runs = {f"{name} graph": captured(run, calls) for name, run in runs.items()}
-            for name, found in in_turn(graphs, 0.005, 41).items():
-                timed[name] = row(name, "ms", [ms / calls for ms in found["samples"]])
+            timed |= in_turn(graphs, 0.005, 41, each=calls)
             if shape == HOST_AT:
                 single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}
                 timed |= host_in_turn({f"host {name}": run for name, run in runs.items()} | single)

@@ -85,6 +85,12 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             ours = timed["2:4"]["median"] + timed["pack"]["median"]
             add_ratio("packing and matmul over cuSPARSELt's", shape, theirs / ours)
     for shape, timed in matmuls.items():
+        add_ratio(
+            "first matmul over cuBLAS's without packing",
+            shape,
+            ratio(timed, "first matmul, cuBLAS", "first matmul, packing"),
+        )
+    for shape, timed in matmuls.items():
         add_ratio("packing over a copy, bytes/s", shape, timed["pack"]["TB/s"] / timed["copy"]["TB/s"])
     ffns = rows(result, "ffn")
     for shape, timed in ffns.items():

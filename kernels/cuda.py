@@ -32,7 +32,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
     """Why there is no fast kernel for tensors of ``dtype`` on ``device``; empty if there is."""
     if device.type != "cuda":
         return f"there is no 2:4 kernel for {device.type}"
-    return _why_not_gpu(device.index or 0) or (
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _why_not_gpu(index) or (
         "" if dtype in ELEMENTS else f"the 2:4 kernels take bfloat16 and float16, got {dtype}"
     )
 
@@ -59,7 +60,7 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
         rows = (h if h.stride(-1) == 1 else h.contiguous()).reshape(-1, stride)
         stride = rows.stride(0)
     pointer = rows.data_ptr()
-    plan = _packing(h.shape, stride, pointer % 16 == 0, h.dtype, index, threading.get_ident())
+    plan = _plans.packing(h.shape, stride, pointer % 16 == 0, h.dtype, index)
     packed, metadata = _empty(*plan.packed), _empty(*plan.metadata)
     if plan.launch:
         plan.launch(pointer, packed.data_ptr(), metadata.data_ptr())
@@ -75,7 +76,7 @@ def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None)
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
             return linear_relu2_sparsify(x, weight, bias)
-    plan = _linear_relu2_sparsify(x.shape, weight.shape, x.dtype, index, threading.get_ident())
+    plan = _plans.linear_relu2_sparsify(x.shape, weight.shape, x.dtype, index)
     if plan is None:
         return relu2_sparsify(linear(x, weight, bias))
     packed, metadata = (_empty(*shape) for shape in plan.outputs)
@@ -100,7 +101,7 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
         more = -weight.shape[0] % 64
         weight, bias = pad(weight, (0, 0, 0, more)), None if bias is None else pad(bias, (0, more))
         return sparse_mm(packed, metadata, weight, bias)[..., :-more].contiguous()
-    plan = _sparse_mm(packed.shape, weight.shape, packed.dtype, index, threading.get_ident())
+    plan = _plans.sparse_mm(packed.shape, weight.shape, packed.dtype, index)
     if plan is None:
         return linear(reference.unpack(packed, metadata), weight, bias)
     metadata = _aligned(metadata)
@@ -123,7 +124,7 @@ def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> _Empty:
 
 
 # A plan is all that a call needs and that its pointers do not change. The arguments of a launch are written into it, so
-# each thread has its own.
+# each thread has its own; and so that each thread has made the device's context its own before it launches.
 @dataclass(frozen=True)
 class _Packing:
     packed: _Empty
@@ -131,8 +132,7 @@ class _Packing:
     launch: "_Launch | None"  # None: there is nothing to do
 
 
-@functools.lru_cache(maxsize=1024)
-def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, index: int, thread: int) -> _Packing:
+def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, index: int) -> _Packing:
     _set_current(index)
     *tokens, hidden_dim = shape
     height, width = layout.metadata_shape(shape)
@@ -172,8 +172,7 @@ class _Matmul:
         self.launch(*pointers, partial, flags)
 
 
-@functools.lru_cache(maxsize=1024)
-def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int, thread: int) -> _Matmul | None:
+def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
     """None where the kernel does not take these sizes."""
     model_dim, hidden_dim = weight
     if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64:
@@ -187,10 +186,7 @@ def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index
     return _matmul("sparse_mm", tokens, model_dim, hidden_dim, dtype, index, outputs, packed_map, weight_map, 5)
 
 
-@functools.lru_cache(maxsize=1024)
-def _linear_relu2_sparsify(
-    x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int, thread: int
-) -> _Matmul | None:
+def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
     """None where the kernel does not take these sizes."""
     hidden_dim, model_dim = weight
     if x.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
@@ -206,6 +202,16 @@ def _linear_relu2_sparsify(
     )
     # maps, bias, packed, metadata, partial, flags, shape
     return _matmul("linear_relu2_sparsify", tokens, hidden_dim, model_dim, dtype, index, outputs, x_map, weight_map, 5)
+
+
+class _Plans(threading.local):
+    def __init__(self) -> None:
+        cached = functools.lru_cache(maxsize=1024)
+        self.packing, self.sparse_mm = cached(_packing), cached(_sparse_mm)
+        self.linear_relu2_sparsify = cached(_linear_relu2_sparsify)
+
+
+_plans = _Plans()
 
 
 def _weight_map(dtype: torch.dtype, rows: int, columns: int) -> "_TensorMap":

@@ -19,16 +19,16 @@ from ao_act24 import ops
 from ao_act24.when import why_not_fused
 
 from .rewrite import Emitter, parameters
-from .vocabulary import Linear, as_linear, is_our_op, value
+from .vocabulary import Linear, argument, as_linear, is_our_op, same_size, value
 
 
 def fuse(graph: Graph) -> None:
     """Fuse wherever it is possible, in place. The graph must know shapes, dtypes and devices."""
     for node in [node for node in graph.nodes if is_our_op(node, "relu2_sparsify")]:
-        up = as_linear(node.args[0])
+        up = as_linear(argument(node, 0, "h"))
         if up is None or set(up.node.users) != {node} or not _fits(up):
             continue
-        emit = Emitter(node)
+        emit = Emitter(up.node)  # not where the packing stood: x or the weight may have been written into in between
         fused = emit.call(ops.linear_relu2_sparsify.default, up.input, *parameters(emit, up))
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
@@ -45,7 +45,7 @@ def _fits(up: Linear) -> bool:
         return False
     if any(tensor.dtype != h.dtype or tensor.device != h.device for tensor in alike):  # under autocast, for example
         return False
-    if bias is not None and bias.ndim != 1:
+    if weight.ndim != 2 or (bias is not None and not (bias.ndim == 1 and same_size(bias.shape[0], h.shape[-1]))):
         return False
     if not (weight.t() if up.transposed else weight).is_contiguous():  # it would be copied at each call
         return False

@@ -50,9 +50,10 @@ def judge(site: Site, config: Act24Config) -> str:
     dtypes |= set() if out is None else {out.dtype}
     tokens = None if out is None else math.prod(out.shape[:-1])
     model_dim = None if weight is None else weight.shape[1 if transposed else 0]
+    in_rows = weight is None or (weight.t() if transposed else weight).is_contiguous()
     training = h is not None and h.requires_grad
-    reasons = (why_dense(like.device, dtype, tokens, model_dim, hidden_dim, training, config) for dtype in dtypes)
-    return next(filter(None, reasons), "")
+    size = (tokens, model_dim, hidden_dim, in_rows, training)
+    return next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), "")
 
 
 def down_weight(site: Site) -> tuple[Any, bool]:

@@ -202,18 +202,20 @@ def test_where_there_is_no_kernel_or_none_that_pays_it_stays_dense(monkeypatch):
     from ao_act24.kernels import cuda
     from ao_act24.when import why_dense
 
-    config, sizes = ao_act24.Act24Config(), (torch.bfloat16, 8192, 4096, 16384, False)
+    config, sizes = ao_act24.Act24Config(), (torch.bfloat16, 8192, 4096, 16384, True, False)
     monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
     gpu = torch.device("cuda", 0)
     assert why_dense(torch.device("cpu"), *sizes, config) == "" == why_dense(gpu, *sizes, config)
     assert "no 2:4 kernel for mps" in why_dense(torch.device("mps"), *sizes, config)
     for changed, reason in (
-        ((torch.float32, 8192, 4096, 16384, False), "take bfloat16 and float16, got torch.float32"),
-        ((torch.bfloat16, 16, 4096, 16384, False), "tokens on, got 16"),
-        ((torch.bfloat16, 8192, 4, 16384, False), "model_dim divisible by 64, got 4"),
-        ((torch.bfloat16, 4095, 2048, 8192, False), "pays from 4096 tokens on at this size, got 4095"),
-        ((torch.bfloat16, 8192, 4096, 16388, False), "hidden_dim divisible by 64, got 16388"),
-        ((torch.bfloat16, None, 4096, None, True), "training stays dense"),
+        ((torch.float32, 8192, 4096, 16384, True, False), "take bfloat16 and float16, got torch.float32"),
+        ((torch.bfloat16, 16, 4096, 16384, True, False), "tokens on, got 16"),
+        ((torch.bfloat16, 8192, 4, 16384, True, False), "model_dim divisible by 64, got 4"),
+        ((torch.bfloat16, 4095, 2048, 8192, True, False), "pays from 4096 tokens on at this size, got 4095"),
+        ((torch.bfloat16, 65536, 576, 2304, True, False), "pad a 576 x 2304 weight to 768 x 2304"),
+        ((torch.bfloat16, 8192, 4096, 16384, False, False), "stored [hidden_dim, model_dim]"),
+        ((torch.bfloat16, 8192, 4096, 16388, True, False), "hidden_dim divisible by 64, got 16388"),
+        ((torch.bfloat16, None, 4096, None, True, True), "training stays dense"),
     ):
         assert reason in why_dense(gpu, *changed, config)
         assert why_dense(gpu, *changed, ao_act24.Act24Config(emulate=True)) == ""

@@ -100,6 +100,45 @@ def test_a_weight_that_lies_the_other_way():
         assert run(ffn(lambda x: x @ weight), X)[1] == ["matmul", *UNFUSED[1:]]
 
 
+def test_what_is_written_into_afterwards():
+    """The first matmul stays where it was."""
+
+    def scaled(x):
+        h = F.linear(x, W1)
+        x.mul_(0.5)
+        return F.linear(F.relu(h).square(), W2) + x
+
+    def cleared(x, weight):
+        h = F.linear(x, weight)
+        weight.zero_()
+        return F.linear(F.relu(h).square(), W2)
+
+    with torch.no_grad():
+        out, names = run(scaled, X.clone())
+        assert names == FUSED and relative_error(out, want() + X * 0.5) < 1e-5
+        out, names = run(cleared, X, W1.clone())
+        assert names == FUSED and relative_error(out, want()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "first",
+    [lambda x: F.linear(x, W1, B1[:1]), lambda x: torch.addmm(B1[:1], x.view(12, 16), W1.t())],
+)
+def test_a_bias_that_is_spread(first):
+    with torch.no_grad():
+        assert "linear_relu2_sparsify" not in run(ffn(first), X)[1]
+
+
+def test_our_operator_called_by_name():
+    def user(x):
+        packed, metadata = torch.ops.ao_act24.relu2_sparsify(h=F.linear(x, W1))
+        return torch.ops.ao_act24.sparse_mm(packed, metadata, W2)
+
+    with torch.no_grad():
+        out, names = run(user, X)
+    assert names == FUSED and relative_error(out, want()) < 1e-5
+
+
 def test_a_quantised_weight():
     up = nn.Linear(16, 64)
     quantize_(up, Int8WeightOnlyConfig())

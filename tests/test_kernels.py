@@ -86,6 +86,15 @@ def test_more_elements_than_32_bits_count():
     torch.testing.assert_close(out[-16:], cuda.sparse_mm(packed[-16:], metadata[-16:], weight), rtol=1e-2, atol=1e-3)
 
 
+def test_the_first_matmul_with_more_elements_than_32_bits_count():
+    x, weight = random(1, 64).expand((1 << 15) + 16, 64).contiguous(), random(1 << 16, 64)
+    x[-1] = random(64)
+    packed, metadata = cuda.linear_relu2_sparsify(x, weight)
+    want, codes = cuda.linear_relu2_sparsify(x[-16:], weight)
+    assert torch.equal(packed[-16:], want) and torch.equal(metadata[-16:], codes)
+    assert torch.equal(packed[12345], packed[0]) and torch.equal(metadata[1600:1616], metadata[:16])
+
+
 def check_matmul(tokens, model_dim, hidden_dim, dtype=torch.bfloat16, bias=True):
     packed, metadata = reference.relu2_sparsify(random(tokens, hidden_dim, dtype=dtype))
     weight = random(model_dim, hidden_dim, dtype=dtype) / hidden_dim**0.5
@@ -189,11 +198,28 @@ def test_every_output_is_written_and_nothing_else(monkeypatch):
     want = cuda.sparse_mm(packed, metadata, weight)
     h = random(999, 1000)
     codes = reference.relu2_sparsify(h)
+    x, up = random(1279, 512), random(2112, 512)
+    first = cuda.linear_relu2_sparsify(x, up)
     monkeypatch.setattr(cuda, "_empty", poisoned)
     assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
     assert all(torch.equal(*pair) for pair in zip(cuda.relu2_sparsify(h), codes))
-    assert len(guards) == 4
+    assert all(torch.equal(*pair) for pair in zip(cuda.linear_relu2_sparsify(x, up), first))
+    assert len(guards) == 7
     assert all(bool((g.isnan() if g.is_floating_point() else g == 0x5A).all()) for g in guards)
+
+
+def test_a_negative_that_rounds_to_zero_is_a_zero():
+    """-2**-30 is -0 in fp16, which must not count as large; and what is too large for fp16 is infinite."""
+    x = torch.full((64, 64), 2.0**-10, device="cuda", dtype=torch.float16)
+    weight = torch.zeros(64, 64, device="cuda", dtype=torch.float16)
+    weight[0::4, 0], weight[1::4, 0], weight[2::4, 0] = -(2.0**-20), 1.0, 0.5
+    weight[0::4, 1:] = 0
+    want = reference.linear_relu2_sparsify(x, weight)
+    assert all(torch.equal(*pair) for pair in zip(cuda.linear_relu2_sparsify(x, weight), want))
+    x[:, 0], weight[3::4, 0] = 30000.0, 30000.0
+    want = reference.linear_relu2_sparsify(x, weight)
+    got = cuda.linear_relu2_sparsify(x, weight)
+    assert got[0].isinf().any() and all(torch.equal(*pair) for pair in zip(got, want))
 
 
 def test_nan_and_infinity_stay_in_their_rows():
@@ -208,7 +234,7 @@ def test_nan_and_infinity_stay_in_their_rows():
 def test_the_same_bits_every_time():
     packed, metadata = cuda.relu2_sparsify(random(5000, 2048))
     weight = random(2048, 2048)
-    plan = cuda._sparse_mm(packed.shape, weight.shape, torch.bfloat16, 0, threading.get_ident())
+    plan = cuda._sparse_mm(packed.shape, weight.shape, torch.bfloat16, 0)
     assert plan.partial_floats, "tiles are cut: the harder case"
     want = cuda.sparse_mm(packed, metadata, weight)
     for _ in range(100):
@@ -227,16 +253,37 @@ def test_thousands_of_launches(tokens):
     assert all(torch.equal(*pair) for pair in zip((*again, out), (*first, second)))
 
 
+def test_threads_that_follow_each_other():
+    """They have the same identity, as Python counts, and each its own idea of a current context."""
+    h, failed = random(64, 256), []
+
+    def run():
+        try:
+            cuda.relu2_sparsify(h)
+        except RuntimeError as error:
+            failed.append(error)
+
+    for _ in range(3):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert not failed
+
+
 def test_side_streams_and_threads():
-    operands = [(*cuda.relu2_sparsify(random(3000, 1024)), random(1024, 1024)) for _ in range(4)]
-    want = [cuda.sparse_mm(*operand) for operand in operands]
+    operands = [(random(3000, 1024), random(1088, 1024), random(1024, 1088)) for _ in range(4)]
+
+    def ffn(x, up, down):
+        return cuda.sparse_mm(*cuda.linear_relu2_sparsify(x, up), down)
+
+    want = [ffn(*operand) for operand in operands]
     torch.cuda.synchronize()
     got = [[] for _ in operands]
 
     def run(number):
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(20):
-                got[number].append(cuda.sparse_mm(*operands[number]))
+                got[number].append(ffn(*operands[number]))
             torch.cuda.current_stream().synchronize()
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(operands))]
@@ -248,10 +295,10 @@ def test_side_streams_and_threads():
 
 
 def test_cuda_graph():
-    h, weight = random(3000, 1024), random(1024, 1024)
+    h, up, down = random(3000, 1024), random(1088, 1024), random(1024, 1088)
 
     def run():
-        return cuda.sparse_mm(*cuda.relu2_sparsify(h), weight)
+        return cuda.sparse_mm(*cuda.linear_relu2_sparsify(h, up), down), *cuda.relu2_sparsify(h)
 
     run()
     graph = torch.cuda.CUDAGraph()
@@ -260,16 +307,19 @@ def test_cuda_graph():
     for _ in range(3):
         h.copy_(random(3000, 1024))
         graph.replay()
-        assert torch.equal(out, run())
+        assert all(torch.equal(*pair) for pair in zip(out, run()))
 
 
 def test_memory_is_returned():
     packed, metadata = cuda.relu2_sparsify(random(5000, 2048))
     weight = random(2048, 2048)
     cuda.sparse_mm(packed, metadata, weight)
+    x = random(5000, 2048)
+    cuda.linear_relu2_sparsify(x, weight)
     before = torch.cuda.memory_allocated()
     for _ in range(5):
         cuda.sparse_mm(packed, metadata, weight)
+        cuda.linear_relu2_sparsify(x, weight)
     assert torch.cuda.memory_allocated() == before
 
 

@@ -55,12 +55,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(cuda, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
-    plans = cuda._packing, cuda._sparse_mm, cuda._linear_relu2_sparsify
-    for plan in plans:
-        plan.cache_clear()
-    yield stand_in
-    for plan in plans:
-        plan.cache_clear()
+    monkeypatch.setattr(cuda, "_plans", cuda._Plans())
+    return stand_in
 
 
 def test_packing(launched):
@@ -117,6 +113,17 @@ def test_each_thread_has_its_own_arguments(launched):
         thread.start()
         thread.join()
     assert seen[0] == seen[2] == seen[4] and not seen[0] & seen[1]
+
+
+def test_each_thread_makes_the_context_current(launched, monkeypatch):
+    """Threads that follow each other have the same identity, as Python counts."""
+    current, h = [], torch.randn(8, 64).to(BF16)
+    monkeypatch.setattr(cuda, "_set_current", current.append)
+    for _ in range(3):
+        thread = threading.Thread(target=cuda.relu2_sparsify, args=(h,))
+        thread.start()
+        thread.join()
+    assert current == [-1] * 3
 
 
 def test_an_error_is_named(launched, monkeypatch):

@@ -62,7 +62,7 @@ struct LinearRelu2Sparsify {
           const float* v = d + 32 * s + 8 * group + i / 2 * 4 + i % 2;
           const u32 two = biases[2 * group + i / 2];
           const float one = i % 2 ? high_float(two) : low_float(two);
-          k[i] = pack_floats_relu(v[0] + one, v[2] + one);
+          k[i] = relu(pack_floats(v[0] + one, v[2] + one));
         }
         const Kept kept = keep_two_of_four(k[0], k[1], k[2], k[3]);
         upper[group] = permute_bytes<0x5410>(kept.first, kept.second);

@@ -80,7 +80,8 @@ __device__ __forceinline__ void sync_threads(u32 barrier, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// A flag in global memory that tells other blocks that what was written before is there.
+// A flag in global memory that tells other blocks that what was written before is there. A block waits only for ones of lower
+// numbers, which are dispatched no later.
 __device__ __forceinline__ void flag_raise(u32* flag) { asm volatile("st.release.gpu.u32 [%0], 1;" ::"l"(flag) : "memory"); }
 
 __device__ __forceinline__ void flag_wait(const u32* flag) {
@@ -200,13 +201,6 @@ __device__ __forceinline__ float to_float(u16 value) {
 
 __device__ __forceinline__ float low_float(u32 word) { return to_float((u16)word); }
 __device__ __forceinline__ float high_float(u32 word) { return to_float((u16)(word >> 16)); }
-
-// max(x, 0) of each, rounded; as `relu` of what `pack_floats` gives.
-__device__ __forceinline__ u32 pack_floats_relu(float low, float high) {
-  u32 word;
-  asm("cvt.rn.relu." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
 
 // max(x, 0), a NaN becoming the positive one: afterwards the halves order as unsigned integers.
 __device__ __forceinline__ u32 relu(u32 word) {
