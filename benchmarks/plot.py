@@ -1,7 +1,7 @@
 """A result of ``hopper.py`` as pictures beside it: ``python benchmarks/plot.py benchmarks/results/hopper.json``."""
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,4 +136,6 @@ def main(path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    print(*main(Path(sys.argv[1])), sep="\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    print(*main(parser.parse_args().result), sep="\n")

@@ -5,8 +5,8 @@ A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, `
 round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they could be measured.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,4 +131,6 @@ def show(figures: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    show(summary(json.loads(Path(sys.argv[1]).read_text())))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    show(summary(json.loads(parser.parse_args().result.read_text())))

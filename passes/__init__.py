@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, GraphModule
 
+# autograd: without it the operators that a rewrite puts in have no gradients
+from ao_act24 import autograd  # noqa: F401
 from ao_act24.config import Act24Config
 
 from .find import Site, find_sites

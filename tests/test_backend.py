@@ -181,6 +181,22 @@ def run(code, **environment):
     return result.stdout.strip().rpartition("\n")[2]
 
 
+def test_gradients_where_a_folder_of_our_name_hides_the_package(tmp_path):
+    """Above a clone, ``import ao_act24`` finds the folder: a namespace package, whose ``__init__`` does not run."""
+    (tmp_path / "ao_act24").mkdir()
+    norm = run(
+        """
+        import sys, torch, torch.nn.functional as F
+        sys.path.insert(0, PATH)
+        up, down = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+        compiled = torch.compile(lambda x: down(F.relu(up(x)).square()), backend="ao_act24")
+        compiled(torch.randn(6, 16)).square().sum().backward()
+        print(float(up.weight.grad.norm()))
+        """.replace("PATH", repr(str(tmp_path)))
+    )
+    assert float(norm) > 0
+
+
 CACHED = """
     import torch, torch.nn.functional as F
     {prelude}
