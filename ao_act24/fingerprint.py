@@ -4,8 +4,6 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-import ao_act24
-
 
 @cache
 def source_digest() -> str:
@@ -14,10 +12,11 @@ def source_digest() -> str:
     It names the nodes that the rewrite adds and is part of the pass's ``uuid``: torch's compile caches know nothing
     of a custom operator's Python gradient, and would run an old one after an upgrade.
     """
+    from ao_act24 import kernels, passes  # which import this module
+
     digest = hashlib.sha256()
-    roots = [Path(root) for root in ao_act24.__path__]
-    packages = [roots[0], *(path for root in roots for path in (root / "passes", root / "kernels") if path.is_dir())]
-    for package in packages:
+    # not ao_act24.__path__: above a clone that is a folder of our name, with nothing in it
+    for package in [Path(str(file)).parent for file in (__file__, kernels.__file__, passes.__file__)]:
         for path in sorted(package.rglob("*")):
             if path.suffix in (".py", ".cu", ".cuh"):
                 digest.update(path.relative_to(package.parent).as_posix().encode())

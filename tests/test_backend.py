@@ -192,7 +192,8 @@ def test_gradients_where_a_folder_of_our_name_hides_the_package(tmp_path):
         compiled = torch.compile(lambda x: down(F.relu(up(x)).square()), backend="ao_act24")
         compiled(torch.randn(6, 16)).square().sum().backward()
         print(float(up.weight.grad.norm()))
-        """.replace("PATH", repr(str(tmp_path)))
+        """.replace("PATH", repr(str(tmp_path))),
+        TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache",
     )
     assert float(norm) > 0
 
