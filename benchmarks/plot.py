@@ -91,7 +91,7 @@ def bars(panel: Axes, names: Sequence[str], groups: Bars) -> None:
     for number, (label, heights) in enumerate(groups.items()):
         at = [place + (number + 0.5) * width - 0.4 for place in range(len(names))]
         drawn = panel.bar(at, [height or 0 for height in heights], 0.92 * width, color=COLOURS[number], label=label)
-        texts = [f"{height:.2f}" if height else "" for height in heights]
+        texts = [f"{height:.3f}" if height else "" for height in heights]
         panel.bar_label(drawn, texts, label_type="center", color="white", fontsize=9)
     panel.set_xticks(range(len(names)), names, fontsize=8)
     panel.axhline(1, color=AIM_COLOUR, linewidth=0.8)
