@@ -17,11 +17,11 @@ Few tokens also bind both matmuls to reading the weights, which 2:4 activations 
 """
 
 from ao_act24.kernels import cuda
+from ao_act24.kernels.schedule import TILE_COLUMNS
 
 MIN_TOKENS = 1024
 MIN_PRODUCT = 2**36  # tokens * model_dim * hidden_dim: multiplications of one dense matmul
-TILE = 256  # to which the kernels pad both dimensions of a weight
-MAX_PADDING = 1.05  # not measured: a guess that is safe, where 2:4 gains 1.15 and more
+MAX_PADDING = 1.05  # of a weight, both ways to whole tiles; not measured: small against what 2:4 gains
 
 
 def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, config) -> str:  # type: ignore[no-untyped-def]
@@ -57,7 +57,7 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # typ
     if not in_rows:
         return "the down projection's weight is stored [hidden_dim, model_dim]: 2:4 would copy it at each call"
     if model_dim is not None and hidden_dim is not None:
-        padded = [-(-size // TILE) * TILE for size in (model_dim, hidden_dim)]
+        padded = [-(-size // TILE_COLUMNS) * TILE_COLUMNS for size in (model_dim, hidden_dim)]
         if padded[0] * padded[1] > MAX_PADDING * model_dim * hidden_dim:
             return f"the 2:4 kernels would pad a {model_dim} x {hidden_dim} weight to {padded[0]} x {padded[1]}"
     if tokens is None or model_dim is None or hidden_dim is None:

@@ -1,12 +1,13 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: about 8 minutes
+    python benchmarks/hopper.py                  the whole table and its plots: some 8 minutes
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: under 2 minutes
     python benchmarks/hopper.py --only kernels   one part of three (kernels, ffn, tokens); the file keeps the others
 
 Everything is timed in one process, in turn, on the same data. A figure is the median of rounds; a round is a burst of
 calls after a third as many for warming up, in the opposite order every other round. Bursts of matmuls and FFNs are long
-enough to reach the power limit. Clocks are as they come, and sampled. Energy is given for bursts of a second or more.
+enough to reach the power limit. Matmuls run as CUDA graphs, so that no host time counts. Clocks are as they come, and
+sampled. Energy is given for bursts of a second or more.
 
 L2: a call at the benchmark shapes reads and writes more than it holds. Of the FFNs for few tokens, the weights of
 1024 x 4096 (17 MB) stay in L2 from call to call, in all variants alike.

@@ -183,7 +183,7 @@ def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index
     weight_map = _weight_map(dtype, model_dim, hidden_dim)
     outputs = (_contiguous((*packed[:-1], model_dim), dtype),)
     # maps, metadata, bias, out, partial, flags, shape
-    return _matmul("sparse_mm", tokens, model_dim, hidden_dim, dtype, index, outputs, packed_map, weight_map, 5)
+    return _matmul("sparse_mm", tokens, model_dim, hidden_dim, dtype, index, outputs, packed_map, weight_map)
 
 
 def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
@@ -201,7 +201,7 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
         _contiguous(layout.metadata_shape(hidden), torch.uint8),
     )
     # maps, bias, packed, metadata, partial, flags, shape
-    return _matmul("linear_relu2_sparsify", tokens, hidden_dim, model_dim, dtype, index, outputs, x_map, weight_map, 5)
+    return _matmul("linear_relu2_sparsify", tokens, hidden_dim, model_dim, dtype, index, outputs, x_map, weight_map)
 
 
 class _Plans(threading.local):
@@ -231,13 +231,12 @@ def _matmul(
     outputs: tuple[_Empty, ...],
     a_map: "_TensorMap",
     weight_map: "_TensorMap",
-    pointers: int,
 ) -> _Matmul:
     kernel, clusters = _matmul_kernel(name, dtype, index)
     shape, at_work = schedule.share_out(tokens, columns, depth, clusters)
     blocks = CLUSTER * at_work
     partial = blocks * TILE_ROWS * TILE_COLUMNS if schedule.is_cut(shape) else 0
-    arguments = (a_map.words, weight_map.words, *[POINTER] * pointers, shape)
+    arguments = (a_map.words, weight_map.words, *[POINTER] * 5, shape)  # three of the kernel's own, partial, flags
     launch = _Launch(index, kernel, (blocks, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
     return _Matmul(outputs, _contiguous((partial + blocks,), torch.float32), partial, blocks, a_map, weight_map, launch)
 
