@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import ao_act24
 from ao_act24.kernels import cuda, reference
+from ao_act24.when import MIN_PRODUCT
 
 SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
 FEW_SIZES = [(2048, 8192), (1024, 4096), (4096, 16384), (8192, 32768)]
@@ -248,7 +249,8 @@ def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
     variants: dict[str, dict[str, Any]] = {"dense": {}, "chosen": {"backend": "ao_act24"}, "2:4": {"backend": always}}
     for model_dim, hidden_dim in FEW_SIZES[:1] if quick else FEW_SIZES:
-        for tokens in TOKENS[::2] + TOKENS[-1:] if quick else TOKENS:
+        begins = MIN_PRODUCT // (model_dim * hidden_dim)  # the rule's first number of tokens
+        for tokens in sorted({*(TOKENS[::2] if quick else TOKENS), begins}):
             shape = tokens, model_dim, hidden_dim
             ffn, x = ffn_and_input(shape, 90)
             runs = compiled(ffn, x, **variants)
