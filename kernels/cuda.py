@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from . import compile, layout, reference, schedule
-from .schedule import CLUSTER, MAX_CLUSTERS, TILE_COLUMNS, TILE_ROWS
+from .schedule import CLUSTER, TILE_COLUMNS
 
 ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 _THREADS = 256  # a block of the packing kernels
 # of the matmuls, tiles.cuh
 MATMUL_THREADS = 512
 MATMUL_STARTS_WITH = 128  # registers: see there
-STAGES = {"sparse_mm": 5, "linear_relu2_sparsify": 4}  # as many as fit
-_A_BYTES = {"sparse_mm": 1, "linear_relu2_sparsify": 2}  # stored for an entry of A
+CHUNK = (64, 64)  # columns and rows of A, as it is stored
+RINGS = {"sparse_mm": (5, 8), "linear_relu2_sparsify": (4, 12)}  # stages and chunks, as many as fit
+SHARED_BYTES = 7 * 2 * 64 * TILE_COLUMNS + 1024  # in both; 1024: to align the first stage
 
 
 @torch.compiler.assume_constant_result
@@ -152,24 +153,14 @@ def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, 
 @dataclass(frozen=True)
 class _Matmul:
     outputs: tuple[_Empty, ...]
-    scratch: _Empty  # partial sums, and behind them a flag for each block
-    partial_floats: int  # 0: no tile is summed in parts
-    blocks: int
     a_map: "_TensorMap"
     weight_map: "_TensorMap"
     launch: "_Launch"
 
     def run(self, a: Tensor, weight: Tensor, *pointers: int) -> None:
-        """``pointers``: of what comes before the scratch memory among the kernel's arguments."""
-        partial = flags = 0
-        if self.partial_floats:
-            scratch = _empty(*self.scratch)
-            partial = scratch.data_ptr()
-            flags = partial + 4 * self.partial_floats
-            self.launch.zero(flags, self.blocks)
         self.a_map.point_to(a.data_ptr())
         self.weight_map.point_to(weight.data_ptr())
-        self.launch(*pointers, partial, flags)
+        self.launch(*pointers)
 
 
 def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
@@ -179,10 +170,10 @@ def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index
         return None
     _set_current(index)
     tokens = packed.numel() // packed[-1]
-    packed_map = _TensorMap(dtype, (hidden_dim // 2, tokens), (1,), (32, TILE_ROWS))
+    packed_map = _TensorMap(dtype, (hidden_dim // 2, tokens), (1,), CHUNK)
     weight_map = _weight_map(dtype, model_dim, hidden_dim)
     outputs = (_contiguous((*packed[:-1], model_dim), dtype),)
-    # maps, metadata, bias, out, partial, flags, shape
+    # maps, metadata, bias, out, shape
     return _matmul("sparse_mm", tokens, model_dim, hidden_dim, dtype, index, outputs, packed_map, weight_map)
 
 
@@ -193,14 +184,14 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
         return None
     _set_current(index)
     tokens = x.numel() // model_dim
-    x_map = _TensorMap(dtype, (model_dim, tokens), (1,), (64, TILE_ROWS))
+    x_map = _TensorMap(dtype, (model_dim, tokens), (1,), CHUNK)
     weight_map = _weight_map(dtype, hidden_dim, model_dim)
     hidden = (*x[:-1], hidden_dim)
     outputs = (
         _contiguous((*x[:-1], hidden_dim // 2), dtype),
         _contiguous(layout.metadata_shape(hidden), torch.uint8),
     )
-    # maps, bias, packed, metadata, partial, flags, shape
+    # maps, bias, packed, metadata, shape
     return _matmul("linear_relu2_sparsify", tokens, hidden_dim, model_dim, dtype, index, outputs, x_map, weight_map)
 
 
@@ -233,12 +224,10 @@ def _matmul(
     weight_map: "_TensorMap",
 ) -> _Matmul:
     kernel, clusters = _matmul_kernel(name, dtype, index)
-    shape, at_work = schedule.share_out(tokens, columns, depth, clusters)
-    blocks = CLUSTER * at_work
-    partial = blocks * TILE_ROWS * TILE_COLUMNS if schedule.is_cut(shape) else 0
-    arguments = (a_map.words, weight_map.words, *[POINTER] * 5, shape)  # three of the kernel's own, partial, flags
-    launch = _Launch(index, kernel, (blocks, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
-    return _Matmul(outputs, _contiguous((partial + blocks,), torch.float32), partial, blocks, a_map, weight_map, launch)
+    shape, clusters = schedule.share_out(tokens, columns, depth, clusters)
+    arguments = (a_map.words, weight_map.words, *[POINTER] * 3, shape)
+    launch = _Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, SHARED_BYTES, arguments)
+    return _Matmul(outputs, a_map, weight_map, launch)
 
 
 @functools.cache
@@ -250,24 +239,21 @@ def _packing_kernel(entry: str, dtype: torch.dtype, index: int) -> Any:
 @functools.cache
 def _matmul_kernel(name: str, dtype: torch.dtype, index: int) -> tuple[Any, int]:
     """The kernel, and how many of its clusters the device holds at a time."""
-    driver, shared_bytes = _driver(), _shared_bytes(name)
-    loaded = compile.kernel(name, name, matmul_defines(name, dtype), index, shared_bytes, MATMUL_STARTS_WITH)
+    driver = _driver()
+    loaded = compile.kernel(name, name, matmul_defines(name, dtype), index, SHARED_BYTES, MATMUL_STARTS_WITH)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count // CLUSTER * CLUSTER
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, MATMUL_THREADS, shared_bytes
+    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, MATMUL_THREADS, SHARED_BYTES
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     function = _function(loaded, index)
     with torch.cuda.device(index):
         _, clusters = _checked("cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config))
-    return function, min(clusters, blocks // CLUSTER, MAX_CLUSTERS)
+    return function, min(clusters, blocks // CLUSTER)
 
 
 def matmul_defines(name: str, dtype: torch.dtype) -> dict[str, int | str]:
-    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, "STAGES": STAGES[name]}
-
-
-def _shared_bytes(name: str) -> int:
-    return STAGES[name] * 64 * (_A_BYTES[name] * TILE_ROWS + 2 * TILE_COLUMNS) + 1024  # 1024: to align the first stage
+    stages, chunks = RINGS[name]
+    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, "STAGES": stages, "CHUNKS": chunks}
 
 
 def _function(kernel: Any, index: int) -> Any:
@@ -277,7 +263,7 @@ def _function(kernel: Any, index: int) -> Any:
 
 
 class _TensorMap:
-    """What a bulk tensor copy needs of a matrix in memory, to bring in boxes of it, rows swizzled by their length.
+    """What a bulk tensor copy needs of a matrix in memory, to bring in boxes of it, rows of 128 bytes, swizzled.
 
     ``sizes``, innermost first, of the array that the matrix is taken as: columns, then rows, in as many dimensions as
     it takes to put them in order; ``strides`` of these in rows; ``box`` as ``sizes``.
@@ -285,7 +271,7 @@ class _TensorMap:
 
     def __init__(self, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> None:
         driver = _driver()
-        types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+        types = driver.CUtensorMapDataType
         bfloat16, float16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
         result = driver.cuTensorMapEncodeTiled(
             bfloat16 if dtype == torch.bfloat16 else float16,
@@ -296,7 +282,7 @@ class _TensorMap:
             [driver.cuuint32_t(size) for size in box],
             [driver.cuuint32_t(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box[0] == 64 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
@@ -343,11 +329,6 @@ class _Launch:
         self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
         stream = torch._C._cuda_getCurrentRawStream(self._index)
         _checked("cuLaunchKernel", self._driver.cuLaunchKernel(*self._start, stream, *self._end))
-
-    def zero(self, pointer: int, words: int) -> None:
-        """Zero ``words`` 32-bit words before the launch."""
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        _checked("cuMemsetD32Async", self._driver.cuMemsetD32Async(pointer, 0, words, stream))
 
 
 def _set_current(index: int) -> None:

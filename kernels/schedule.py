@@ -1,52 +1,57 @@
 """How the tiles of a matmul (``tiles.cuh``) are shared out among the blocks of a launch. Needs no GPU.
 
-Tiles come in the order of their rows; all clusters take one each, in rounds, and walk along K together. What is left
-after whole rounds, and the tiles of fewer rows at the end, are a stream that is cut into pieces of equal work.
+Tiles come in the order of their rows; all clusters take one each, in rounds, and walk along K together. Tiles are not
+cut along K: sums in parts cost more than clusters that end early (``docs/kernels.md``). So the rows are made of heights
+whose rounds come out even.
 """
 
-import bisect
 import ctypes
-import itertools
+from collections.abc import Iterator
 
 TILE_ROWS, TILE_COLUMNS = 192, 256
 CLUSTER = 2  # blocks that share the columns of a tile
-MAX_CLUSTERS = 132
-BAND = 11  # row clusters that are walked column by column: of 4 to 22 the best, by 3 % (H200)
-COSTS = {1: 15, 2: 23, 3: 32}  # work of a stage by 64 rows of a tile: its columns are brought in and read in any case
-MAX_PIECES = 8  # that a tile is cut into, or few more: each costs a pass through memory
+COSTS = {1: 15, 2: 23, 3: 32}  # work of a tile by 64 rows of a block: its columns are brought in and read in any case
+BANDS = (8, 11)  # row clusters that are walked column by column: of 4 to 22 the best, by 3 % (H200)
 
 
 class Shape(ctypes.Structure):
     """``Shape`` in ``tiles.cuh``."""
 
     _fields_ = [
-        *((name, ctypes.c_int) for name in (
-            "tokens", "columns", "groups", "row_clusters", "last_height", "column_tiles", "band", "rounds",
-        )),
-        ("cuts", ctypes.c_int * 2 * (MAX_CLUSTERS + 1)),
-    ]  # fmt: skip
+        (name, ctypes.c_int)
+        for name in (
+            "tokens",
+            "columns",
+            "groups",
+            "row_clusters",
+            "lower_clusters",
+            "lower_height",
+            "column_tiles",
+            "band",
+        )
+    ]
 
 
 def share_out(tokens: int, columns: int, depth: int, clusters: int) -> tuple[Shape, int]:
-    """``[tokens, depth] @ [columns, depth].T`` for up to ``clusters`` clusters; and how many of them have any work."""
-    row_clusters, rows_left = divmod(tokens, TILE_ROWS * CLUSTER)
-    last_height = -(-rows_left // (64 * CLUSTER))
-    if last_height == 3:
-        row_clusters, last_height = row_clusters + 1, 0
-    column_tiles, groups = -(-columns // TILE_COLUMNS), -(-depth // 256)
-    rounds, streamed = divmod(row_clusters * column_tiles, clusters)
-    costs = [COSTS[3]] * streamed + [COSTS[last_height]] * column_tiles if last_height else [COSTS[3]] * streamed
-    pieces = max(1, min(clusters, MAX_PIECES * len(costs), groups * len(costs)))
-    starts = [0, *itertools.accumulate(cost * groups for cost in costs)]  # of each tile of the stream, in work
-    shape = Shape(tokens, columns, groups, row_clusters, last_height, column_tiles, BAND, rounds)
-    for piece in range(clusters + 1):
-        at = starts[-1] * min(piece, pieces) // pieces
-        tile = bisect.bisect_right(starts, at) - 1
-        group = (at - starts[tile]) // costs[tile] if tile < len(costs) else 0
-        shape.cuts[piece][:] = rounds * clusters + tile, group
-    return shape, clusters if rounds else pieces
+    """``[tokens, depth] @ [columns, depth].T`` for up to ``clusters`` clusters; and for how many: as few as take no longer,
+    since power is what is short."""
+    column_tiles = -(-columns // TILE_COLUMNS)
+
+    def cost(whole: int, lower: int, height: int, clusters: int) -> int:
+        """Of the first cluster, which has the most: a tile in each round, whole ones first."""
+        rounds, first = (-(-tiles * column_tiles // clusters) for tiles in (whole + lower, whole))
+        return COSTS[3] * first + COSTS[height] * (rounds - first)
+
+    ways = [(*rows, some) for rows in _heights(-(-tokens // (64 * CLUSTER))) for some in range(1, clusters + 1)]
+    *rows, clusters = min(ways, key=lambda way: (cost(*way), way[-1], -way[0]))
+    band = min(BANDS, key=lambda band: -clusters % band)
+    return Shape(tokens, columns, -(-depth // 256), *rows, column_tiles, band), clusters
 
 
-def is_cut(shape: Shape) -> bool:
-    """Whether a tile is summed in parts."""
-    return any(group for _, group in shape.cuts)
+def _heights(units: int) -> Iterator[tuple[int, int, int]]:
+    """Ways to make that many times 64 rows of a block: clusters of three, of fewer, and of how many."""
+    for whole in range(units // 3 + 1):
+        for height in (1, 2):
+            lower, more = divmod(units - 3 * whole, height)
+            if not more:
+                yield whole, lower, height

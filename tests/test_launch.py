@@ -16,10 +16,10 @@ BF16 = torch.bfloat16
 
 
 class Driver:
-    """Notes what is zeroed and launched. A tensor map's first word is its pointer here."""
+    """Notes what is launched. A tensor map's first word is its pointer here."""
 
     def __init__(self):
-        self.launches, self.zeroed = 0, []
+        self.launches = 0
 
     def __getattr__(self, name):
         return getattr(driver, name)
@@ -27,13 +27,8 @@ class Driver:
     def cuLaunchKernel(self, kernel, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
         assert (kernel, z, threads_y, threads_z, stream, extra) == (KERNEL, 1, 1, 1, STREAM, 0)
         self.launches, self.blocks = self.launches + 1, x * y
-        self.arguments = (ctypes.c_void_p * (8 if threads > 256 else 6)).from_address(parameters)[:]
+        self.arguments = (ctypes.c_void_p * 6).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
-        return SUCCESS
-
-    def cuMemsetD32Async(self, pointer, value, words, stream):
-        assert (value, stream) == (0, STREAM)
-        self.zeroed.append((pointer, words))
         return SUCCESS
 
     def cuTensorMapEncodeTiled(self, *_):
@@ -66,11 +61,11 @@ def test_packing(launched):
         assert packed.is_contiguous() and metadata.is_contiguous()
         sizes = [64, 48, 64] if h.is_contiguous() else [128, 9, 64]
         assert launched.words == [h.data_ptr(), sizes[0], packed.data_ptr(), metadata.data_ptr(), *sizes[1:]]
-    assert launched.launches == 3 and not launched.zeroed
+    assert launched.launches == 3
 
 
-@pytest.mark.parametrize(("tokens", "streamed"), [(384 * 66, False), (500, True)])
-def test_sparse_mm(tokens, streamed, launched):
+@pytest.mark.parametrize("tokens", [384 * 66, 500])
+def test_sparse_mm(tokens, launched):
     for bias in (torch.randn(256).to(BF16), None):
         packed, metadata = reference.relu2_sparsify(torch.randn(tokens, 512).to(BF16))
         weight = torch.randn(256, 512).to(BF16)
@@ -78,19 +73,17 @@ def test_sparse_mm(tokens, streamed, launched):
         assert out.shape == (2, tokens // 2, 256) and out.is_contiguous()
         assert launched.words[:3] == [packed.data_ptr(), weight.data_ptr(), metadata.data_ptr()]
         assert launched.words[3:5] == [0 if bias is None else bias.data_ptr(), out.data_ptr()]
-        check_work(launched, tokens, streamed)
+        check_work(launched, tokens)
 
 
-def check_work(launched, tokens, streamed):
-    partial, flags = launched.words[5:7]
-    assert schedule.Shape.from_address(launched.arguments[7]).tokens == tokens
-    if streamed:
-        assert launched.zeroed.pop() == (flags, launched.blocks) and flags > partial
-    assert not launched.zeroed and bool(partial) == bool(flags) == streamed
+def check_work(launched, tokens):
+    shape, clusters = schedule.share_out(tokens, 256, 512, 66)
+    assert bytes(schedule.Shape.from_address(launched.arguments[5])) == bytes(shape)
+    assert launched.blocks == schedule.CLUSTER * clusters
 
 
-@pytest.mark.parametrize(("tokens", "streamed"), [(384 * 66, False), (500, True)])
-def test_linear_relu2_sparsify(tokens, streamed, launched):
+@pytest.mark.parametrize("tokens", [384 * 66, 500])
+def test_linear_relu2_sparsify(tokens, launched):
     for bias in (torch.randn(256).to(BF16), None):
         x, weight = torch.randn(2, tokens // 2, 512).to(BF16), torch.randn(256, 512).to(BF16)
         packed, metadata = cuda.linear_relu2_sparsify(x, weight, bias)
@@ -98,7 +91,7 @@ def test_linear_relu2_sparsify(tokens, streamed, launched):
         assert packed.is_contiguous() and metadata.is_contiguous()
         assert launched.words[:3] == [x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()]
         assert launched.words[3:5] == [packed.data_ptr(), metadata.data_ptr()]
-        check_work(launched, tokens, streamed)
+        check_work(launched, tokens)
 
 
 def test_each_thread_has_its_own_arguments(launched):

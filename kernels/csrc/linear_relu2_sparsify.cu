@@ -4,42 +4,40 @@
 // A thread's results (see tiles.cuh) are whole groups of four in 16 columns of two rows, whose kept values fill 16 bytes and
 // whose codes are just what it has to store as metadata.
 //
-// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES.
+// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES, CHUNKS.
 
 #include "keep.cuh"
 #include "tiles.cuh"
 
 struct LinearRelu2Sparsify {
-  static constexpr int A_BYTES = ROWS * K * 2, STAGE_BYTES = A_BYTES + B_BYTES;
+  static constexpr int SPAN = 1;
 
-  const TensorMap &x_map, &weight_map;
+  const TensorMap &a_map, &b_map;
   const u16* bias;
   u16* packed;
   uint4* metadata;
   const Shape& shape;
 
-  __device__ __forceinline__ void bring(u32 a, u32 b, u32 ready, int k, const Tile& tile, u32 rank) const {
-    copy_box(a, x_map, k * K, tile.row, ready);
-    bring_b(b, weight_map, ready, k, tile, rank);
-  }
-
-  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Segment& segment) const {
-    const int stages = 4 * (segment.last - segment.first);
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Stages& stages, Chunks& chunks, const Tile& tile) const {
+    Stages last_stage;
+    Chunks last_chunk;
 #pragma unroll 1
-    for (int i = 0; i < stages; ++i) {
-      const u32 a = ring.base + ring.stage * STAGE_BYTES;
-      const u64 a_tile = matrix_descriptor<128>(a + ring.thread / 128 * (64 * K * 2)), b_tile = matrix_descriptor<128>(a + A_BYTES);
-      ring.wait();
+    for (int k = 0; k < 4 * shape.groups; ++k) {
+      barrier_wait(chunks.full(), chunks.phase);
+      barrier_wait(stages.full(), stages.phase);
+      const u64 a = matrix_descriptor(chunks.buffer()), b = matrix_descriptor(stages.buffer());
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < 4; ++step) wgmma_dense(d, a_tile + step * (32 >> 4), b_tile + step * (32 >> 4));
+      for (int step = 0; step < 4; ++step) wgmma_dense(d, a + step * (32 >> 4), b + step * (32 >> 4));
       wgmma_commit();
       wgmma_wait<1>();
-      if (i > 0) ring.release(ring.previous());
-      ring.next();
+      if (k > 0) release(last_stage), release(last_chunk);
+      last_stage = stages, last_chunk = chunks;
+      stages.advance(1);
+      chunks.advance(tile.height);
     }
     wgmma_wait<0>();
-    ring.release(ring.previous());
+    release(last_stage), release(last_chunk);
   }
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
@@ -87,6 +85,6 @@ struct LinearRelu2Sparsify {
 
 MATMUL linear_relu2_sparsify(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
                              const u16* __restrict__ bias, u16* __restrict__ packed, uint4* __restrict__ metadata,
-                             float4* __restrict__ partial, u32* __restrict__ flags, const __grid_constant__ Shape shape) {
-  walk(LinearRelu2Sparsify{x_map, weight_map, bias, packed, metadata, shape}, shape, partial, flags);
+                             const __grid_constant__ Shape shape) {
+  walk(LinearRelu2Sparsify{x_map, weight_map, bias, packed, metadata, shape}, shape);
 }

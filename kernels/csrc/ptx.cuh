@@ -61,6 +61,11 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 block) {
 #define WAIT_TRIES (1u << 24)
 #endif
 
+// The same at a barrier of one's own.
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Waits for the phase to end.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
   for (u32 tries = 0, done = 0; !done; ++tries) {
@@ -78,17 +83,6 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
 // Among `threads` threads of the block. Barrier 0 is for all of them.
 __device__ __forceinline__ void sync_threads(u32 barrier, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// A flag in global memory that tells other blocks that what was written before is there. A block waits only for ones of lower
-// numbers, which are dispatched no later.
-__device__ __forceinline__ void flag_raise(u32* flag) { asm volatile("st.release.gpu.u32 [%0], 1;" ::"l"(flag) : "memory"); }
-
-__device__ __forceinline__ void flag_wait(const u32* flag) {
-  for (u32 tries = 0, raised = 0; !raised; ++tries) {
-    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
-    if (tries / 4 > WAIT_TRIES) __trap();
-  }
 }
 
 // --- clusters
@@ -145,11 +139,10 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
-// Describes a tile in shared memory, rows of `SWIZZLE` bytes along K, swizzled by that much (64 or 128).
-template <int SWIZZLE>
+// Describes a tile in shared memory, rows of 128 bytes along K, swizzled by that much.
 __device__ __forceinline__ u64 matrix_descriptor(u32 shared) {
-  const u64 eight_rows = (8 * SWIZZLE) >> 4;
-  return ((u64)(SWIZZLE == 128 ? 1 : 2) << 62) | (eight_rows << 32) | (1ull << 16) | ((shared & 0x3FFFF) >> 4);
+  const u64 eight_rows = (8 * 128) >> 4;
+  return (1ull << 62) | (eight_rows << 32) | (1ull << 16) | ((shared & 0x3FFFF) >> 4);
 }
 
 #define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"

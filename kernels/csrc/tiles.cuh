@@ -1,13 +1,12 @@
 // What the matmuls here have in common: out[T, N] = A[T, K] @ B[N, K]^T, tile by tile.
 //
 // A tile of 192 rows by 256 columns is computed by three warpgroups, each 64 rows, while one thread of another warpgroup
-// keeps bringing in the next stages of 64 columns of K. CLUSTER blocks hold neighbouring rows and each brings in a part of
-// B's tile for all of them. The rows that are left over below are shared out among the blocks of one more cluster in tiles of
-// 64, 128 or 192 rows, of which one, two or three warpgroups work.
+// keeps bringing in what they multiply next: stages of B's tile, 64 columns of K, and chunks of A, 64 rows by 128 bytes, each
+// for one warpgroup and good for SPAN stages. CLUSTER blocks hold neighbouring rows and each brings in a part of B's tile for
+// all of them. Below the whole tiles there are ones of 64 or 128 rows, of which one or two warpgroups work.
 //
-// Blocks are persistent and walk over tiles. Tiles that are left after whole rounds are a stream of groups of four stages
-// that is cut into pieces of equal work, one for each cluster: a tile that a cut goes through is summed in parts, in a fixed
-// order, all but the last of which go through `partial`. schedule.py shares out the work.
+// Blocks are persistent: of as many clusters as there are, each takes every so many-th tile. schedule.py chooses the heights and
+// the number of clusters, so that all end together.
 //
 // wgmma leaves columns 8a + 2q and 8a + 2q + 1 with thread q of a quad. B's rows are brought in in another order, which costs
 // nothing, the copy engine taking them as an array of five dimensions: row 16q + 2a + b of every 64 comes to lie at
@@ -20,81 +19,65 @@
 constexpr int WARPGROUPS = 3;
 constexpr int K = 64;  // columns a stage, not counting that A may be stored 2:4
 constexpr int TILE_N = 256;
-constexpr int ROWS = 64 * WARPGROUPS;
+constexpr int TILE_M = 64 * WARPGROUPS;
 constexpr int B_BYTES = TILE_N * K * 2;
-constexpr int MAX_CLUSTERS = 132;
-constexpr int PARTIAL = ROWS * TILE_N / 4;  // of a block, in float4
+constexpr int CHUNK = 64;  // columns of A as it is stored, and rows
+constexpr int CHUNK_BYTES = CHUNK * CHUNK * 2;
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
-
-// Where a piece of the stream begins: a tile and a group in it.
-struct Cut {
-  int tile, group;
-};
 
 struct Shape {
   int tokens, columns;  // of the result
-  int groups;        // of four stages that a tile takes: the K axis over 256, rounded up (zeros beyond its end)
-  int row_clusters;  // clusters of whole row tiles
-  int last_height;   // warpgroups at work in the tiles of the cluster below them, which come last; 0: there is none
-  int column_tiles;  // tiles of TILE_N columns
-  int band;          // row clusters that are walked column by column, so that what is read again is still in L2
-  int rounds;        // whole tiles that each cluster computes before what is streamed
-  Cut cuts[MAX_CLUSTERS + 1];  // each cluster's piece goes from its cut to the next one's
+  int groups;           // of four stages that a tile takes: the K axis over 256, rounded up (zeros beyond its end)
+  int row_clusters;     // clusters of whole row tiles
+  int lower_clusters, lower_height;  // and, below them, of tiles in which fewer warpgroups work, which come last
+  int column_tiles;     // tiles of TILE_N columns
+  int band;             // row clusters that are walked column by column, so that what is read again is still in L2
 };
 
 struct Tile {
   int row, column, height;
 };
 
-__device__ __forceinline__ Tile tile_of(const Shape& shape, int index, u32 rank) {
-  const int whole = shape.row_clusters * shape.column_tiles;
-  if (index >= whole) {
-    const int row = shape.row_clusters * CLUSTER * ROWS + (int)rank * 64 * shape.last_height;
-    return {row, (index - whole) * TILE_N, shape.last_height};
-  }
-  const int band = index / (shape.band * shape.column_tiles), inside = index - band * shape.band * shape.column_tiles;
-  const int height = min(shape.band, shape.row_clusters - band * shape.band);
-  return {((band * shape.band + inside % height) * CLUSTER + (int)rank) * ROWS, inside / height * TILE_N, WARPGROUPS};
+// The tile at `position` among those of this cluster; false beyond the last.
+__device__ __forceinline__ bool tile_at(const Shape& shape, int position, Tile& tile) {
+  const int index = position * (gridDim.x / CLUSTER) + blockIdx.x / CLUSTER, whole = shape.row_clusters * shape.column_tiles;
+  const bool lower = index >= whole;
+  const int inside = lower ? index - whole : index, clusters = lower ? shape.lower_clusters : shape.row_clusters;
+  const int band = inside / (shape.band * shape.column_tiles), at = inside - band * shape.band * shape.column_tiles;
+  const int walked = min(shape.band, clusters - band * shape.band);
+  const int row_tile = (band * shape.band + at % walked) * CLUSTER + (int)cluster_rank();
+  tile.height = lower ? shape.lower_height : WARPGROUPS;
+  tile.row = (lower ? shape.row_clusters * CLUSTER * TILE_M : 0) + row_tile * 64 * tile.height;
+  tile.column = at / walked * TILE_N;
+  return inside < clusters * shape.column_tiles;
 }
 
-// A cluster's work is a sequence of segments: a tile and the groups of it that are to be summed.
-struct Segment {
-  int tile, first, last;
-};
-
-// The segment at `position`; false beyond the end. Whole tiles come first: there all clusters walk along K together, and
-// find in L2 what another has just read. A piece of the stream is walked from its end: what another cluster waits for
-// comes first, and what waits for others last.
-__device__ __forceinline__ bool segment_at(const Shape& shape, int position, Segment& segment) {
-  const int clusters = gridDim.x / CLUSTER, cluster = blockIdx.x / CLUSTER;
-  segment = {position * clusters + cluster, 0, shape.groups};
-  if (position < shape.rounds) return true;
-  const Cut begin = shape.cuts[cluster], end = shape.cuts[cluster + 1];
-  const int tile = end.tile - (end.group == 0) - (position - shape.rounds);
-  segment = {tile, tile == begin.tile ? begin.group : 0, tile == end.tile ? end.group : shape.groups};
-  return tile >= begin.tile && segment.first < segment.last;
-}
-
-// The consumers' side of the stages, which the producer fills in a ring.
+// A place in a ring of buffers, each with a barrier that says that it is full and one that says that it is empty.
+template <int SIZE, int BYTES>
 struct Ring {
-  u32 base, full, empty;  // shared addresses
-  u32 thread;
-  int stage;
-  u32 turn;  // twice the position in the sequence of segments, plus the phase: one register instead of two
+  u32 buffers, barriers;  // shared addresses; of the full ones' barriers, then the empty ones'
+  u32 at, phase;
 
-  __device__ __forceinline__ void wait() const { barrier_wait(full + 8 * stage, turn & 1); }
+  __device__ __forceinline__ u32 buffer() const { return buffers + at * BYTES; }
+  __device__ __forceinline__ u32 full() const { return barriers + 8 * at; }
+  __device__ __forceinline__ u32 empty() const { return barriers + 8 * (SIZE + at); }
 
-  // One thread of each warpgroup for each block of the cluster: they all wait for what one brings in.
-  __device__ __forceinline__ void release(int which) const {
-    if (thread % 128 < CLUSTER) barrier_arrive(empty + 8 * which, thread % 128);
-  }
-
-  __device__ __forceinline__ int previous() const { return stage == 0 ? STAGES - 1 : stage - 1; }
-
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, turn ^= 1;
+  __device__ __forceinline__ void advance(u32 by) {
+    at += by;
+    if (at >= SIZE) at -= SIZE, phase ^= 1;
   }
 };
+using Stages = Ring<STAGES, B_BYTES>;
+using Chunks = Ring<CHUNKS, CHUNK_BYTES>;
+
+// What one thread of a warpgroup says when all have read a stage, for each block of the cluster: they all wait for what one brings.
+__device__ __forceinline__ void release(const Stages& stage) {
+  if (thread_index() % 128 < CLUSTER) barrier_arrive(stage.empty(), thread_index() % 128);
+}
+
+__device__ __forceinline__ void release(const Chunks& chunk) {
+  if (thread_index() % 128 == 0) barrier_arrive(chunk.empty());
+}
 
 // 64 x 256 accumulators need some 150 registers a thread, above the 128 with which 512 threads start, and ptxas refuses such
 // a kernel unless it is told that it starts with more. It does not: the launch code writes 128 into the cubin, and the roles
@@ -117,91 +100,69 @@ __device__ __forceinline__ Place place_of(const Tile& tile) {
   return {tile.row + (int)(thread / 32 * 16 + thread % 32 / 4), tile.column + (int)(thread % 4 * 16)};
 }
 
-// A Kernel has `STAGE_BYTES`, A's part first; `bring(a, b, ready, k, tile, rank)`, which starts the copies of stage k;
-// `multiply(d, ring, tile, segment)`, which waits for each stage of a segment, releases it when it has been read, and ends when
-// the products are in d; and `store(d, tile)`.
+// A Kernel has `a_map` and `b_map`; SPAN; `multiply(d, stages, chunks, tile)`, which waits for each stage and chunk of a tile,
+// releases it when it has been read, and ends when the products are in d; and `store(d, tile)`.
 template <class Kernel>
-__device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape, float4* partial, u32* flags) {
+__device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
   extern __shared__ __align__(1024) u8 shared[];
-  __shared__ __align__(8) u64 barriers[2 * STAGES];
-  const u32 base = shared_address(shared);
-  const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
+  __shared__ __align__(8) u64 barriers[2 * (STAGES + CHUNKS)];
+  Stages stages = {launder(shared_address(shared)), shared_address(barriers), 0, 0};  // kept, not found again and again
+  Chunks chunks = {stages.buffers + STAGES * B_BYTES, stages.barriers + 16 * STAGES, 0, 0};
+  const int steps = 4 * shape.groups;
 
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, CLUSTER * WARPGROUPS);  // of all blocks: B goes to all
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(stages.barriers + 8 * i, 1);
+      barrier_init(stages.barriers + 8 * (STAGES + i), CLUSTER * WARPGROUPS);  // of all blocks: B goes to all
     }
+    for (int i = 0; i < 2 * CHUNKS; ++i) barrier_init(chunks.barriers + 8 * i, 1);
     barrier_init_fence();
   }
   cluster_sync();
 
+  Tile tile;
   if (threadIdx.x >= WARPGROUPS * 128) {
     registers_give<PRODUCER_REGISTERS>();
     if (threadIdx.x == WARPGROUPS * 128) {
-      int stage = 0;
-      u32 phase = 1;  // the first round finds every stage empty
-      Segment segment;
-      for (int position = 0; segment_at(shape, position, segment); ++position) {
-        const Tile tile = tile_of(shape, segment.tile, cluster_rank());
-        for (int k = 4 * segment.first; k < 4 * segment.last; ++k) {
-          const u32 a = base + stage * Kernel::STAGE_BYTES, b = a + Kernel::STAGE_BYTES - B_BYTES, ready = full + 8 * stage;
-          barrier_wait(empty + 8 * stage, phase);
-          barrier_expect_bytes(ready, Kernel::STAGE_BYTES);
-          kernel.bring(a, b, ready, k, tile, cluster_rank());
-          if (++stage == STAGES) stage = 0, phase ^= 1;
+      for (int position = 0; tile_at(shape, position, tile); ++position) {
+        for (int k = 0; k < steps; ++k) {
+          for (int i = 0; k % Kernel::SPAN == 0 && i < tile.height; ++i) {
+            barrier_wait(chunks.empty(), chunks.phase ^ 1);  // the first round finds all empty
+            barrier_expect_bytes(chunks.full(), CHUNK_BYTES);
+            copy_box(chunks.buffer(), kernel.a_map, k / Kernel::SPAN * CHUNK, tile.row + i * CHUNK, chunks.full());
+            chunks.advance(1);
+          }
+          barrier_wait(stages.empty(), stages.phase ^ 1);
+          barrier_expect_bytes(stages.full(), B_BYTES);
+          bring_b(stages.buffer(), kernel.b_map, stages.full(), k, tile, cluster_rank());
+          stages.advance(1);
         }
       }
     }
   } else {
     registers_take<CONSUMER_REGISTERS>();
-    Ring ring = {base, full, empty, thread_index(), 0, 0};
-    Segment segment;
-    for (; segment_at(shape, ring.turn / 2, segment); ring.turn += 2) {
-      const Tile tile = tile_of(shape, segment.tile, cluster_rank());
-      if ((int)ring.thread / 128 >= tile.height) {  // nothing to do but to keep pace
-        for (int left = 4 * (segment.last - segment.first); left > 0; --left) {
+    chunks.at = thread_index() / 128;  // of every so many, one for each warpgroup
+    for (int position = 0; tile_at(shape, position, tile); ++position) {
+      if ((int)thread_index() / 128 >= tile.height) {  // nothing to do but to keep pace
+        for (int k = 0; k < steps; ++k) {
           // All four warps have seen the stage before it may be filled again: one that looks a whole ring too late would wait
           // for ever. Where they multiply, wgmma keeps them together.
-          ring.wait();
-          sync_threads(2 + ring.thread / 128, 128);
-          ring.release(ring.stage);
-          ring.next();
+          barrier_wait(stages.full(), stages.phase);
+          sync_threads(1 + thread_index() / 128, 128);
+          release(stages);
+          stages.advance(1);
+          if (k % Kernel::SPAN == 0) chunks.advance(tile.height);
         }
         continue;
       }
       float d[TILE_N / 2];
 #pragma unroll
       for (int i = 0; i < TILE_N / 2; ++i) d[i] = 0;
-      kernel.multiply(d, ring, tile, segment);
-
+      kernel.multiply(d, stages, chunks, tile);
       // Found again rather than kept: the loop has no registers to spare.
-      ring.turn = launder(ring.turn);
-      segment_at(shape, ring.turn / 2, segment);
-      if (segment.last < shape.groups) {
-        float4* to = partial + (i64)blockIdx.x * PARTIAL + thread_index();
-#pragma unroll
-        for (int j = 0; j < TILE_N / 8; ++j) to[j * 128 * WARPGROUPS] = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
-        __threadfence();
-        sync_threads(1, 128 * tile_of(shape, segment.tile, 0).height);
-        if (thread_index() == 0) flag_raise(flags + blockIdx.x);
-        continue;
-      }
-      for (int first = segment.first, other = blockIdx.x / CLUSTER; first > 0;) {
-        const Cut begin = shape.cuts[--other];
-        const int before = begin.tile == segment.tile ? begin.group : 0;
-        if (before == first) continue;  // an empty piece
-        first = before;
-        const int block = other * CLUSTER + cluster_rank();
-        const float4* from = partial + (i64)block * PARTIAL + thread_index();
-        flag_wait(flags + block);
-#pragma unroll
-        for (int j = 0; j < TILE_N / 8; ++j) {
-          const float4 part = __ldcg(from + j * 128 * WARPGROUPS);
-          d[4 * j] += part.x, d[4 * j + 1] += part.y, d[4 * j + 2] += part.z, d[4 * j + 3] += part.w;
-        }
-      }
-      kernel.store(d, tile_of(shape, launder(segment.tile), cluster_rank()));
+      position = launder(position);
+      tile_at(shape, position, tile);
+      kernel.store(d, tile);
     }
   }
   cluster_sync();  // the other blocks may still arrive at our barriers
