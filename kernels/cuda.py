@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from . import compile, layout, reference, schedule
-from .schedule import CLUSTER, TILE_COLUMNS
+from .schedule import CLUSTER, TILE_COLUMNS, TILE_ROWS
 
 ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 _THREADS = 256  # a block of the packing kernels
 # of the matmuls, tiles.cuh
 MATMUL_THREADS = 512
 MATMUL_STARTS_WITH = 128  # registers: see there
-CHUNK = (64, 64)  # columns and rows of A, as it is stored
-RINGS = {"sparse_mm": (5, 8), "linear_relu2_sparsify": (4, 12)}  # stages and chunks, as many as fit
-SHARED_BYTES = 7 * 2 * 64 * TILE_COLUMNS + 1024  # in both; 1024: to align the first stage
+STAGES = {"sparse_mm": 5, "linear_relu2_sparsify": 4}  # as many as fit
+_A_COLUMNS = {"sparse_mm": 32, "linear_relu2_sparsify": 64}  # in a stage, as A is stored
+_RUN = {"sparse_mm": 32, "linear_relu2_sparsify": 64}  # columns that four threads hold a quarter each of
 
 
 @torch.compiler.assume_constant_result
@@ -153,12 +153,13 @@ def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, 
 @dataclass(frozen=True)
 class _Matmul:
     outputs: tuple[_Empty, ...]
-    a_map: "_TensorMap"
+    a_maps: tuple["_TensorMap", "_TensorMap"]  # by whole tiles and by lower ones
     weight_map: "_TensorMap"
     launch: "_Launch"
 
     def run(self, a: Tensor, weight: Tensor, *pointers: int) -> None:
-        self.a_map.point_to(a.data_ptr())
+        for a_map in self.a_maps:
+            a_map.point_to(a.data_ptr())
         self.weight_map.point_to(weight.data_ptr())
         self.launch(*pointers)
 
@@ -170,11 +171,9 @@ def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index
         return None
     _set_current(index)
     tokens = packed.numel() // packed[-1]
-    packed_map = _TensorMap(dtype, (hidden_dim // 2, tokens), (1,), CHUNK)
-    weight_map = _weight_map(dtype, model_dim, hidden_dim)
     outputs = (_contiguous((*packed[:-1], model_dim), dtype),)
     # maps, metadata, bias, out, shape
-    return _matmul("sparse_mm", tokens, model_dim, hidden_dim, dtype, index, outputs, packed_map, weight_map)
+    return _matmul("sparse_mm", tokens, model_dim, hidden_dim, dtype, index, outputs)
 
 
 def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
@@ -184,15 +183,13 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
         return None
     _set_current(index)
     tokens = x.numel() // model_dim
-    x_map = _TensorMap(dtype, (model_dim, tokens), (1,), CHUNK)
-    weight_map = _weight_map(dtype, hidden_dim, model_dim)
     hidden = (*x[:-1], hidden_dim)
     outputs = (
         _contiguous((*x[:-1], hidden_dim // 2), dtype),
         _contiguous(layout.metadata_shape(hidden), torch.uint8),
     )
     # maps, bias, packed, metadata, shape
-    return _matmul("linear_relu2_sparsify", tokens, hidden_dim, model_dim, dtype, index, outputs, x_map, weight_map)
+    return _matmul("linear_relu2_sparsify", tokens, hidden_dim, model_dim, dtype, index, outputs)
 
 
 class _Plans(threading.local):
@@ -205,29 +202,21 @@ class _Plans(threading.local):
 _plans = _Plans()
 
 
-def _weight_map(dtype: torch.dtype, rows: int, columns: int) -> "_TensorMap":
-    """In the order of ``tiles.cuh``: of every 64 rows, row 16 q + 2 a + b comes to lie at 8 a + 2 q + b."""
-    return _TensorMap(
-        dtype, (columns, 2, 4, 8, rows // 64), (1, 16, 2, 64), (64, 2, 4, 8, TILE_COLUMNS // CLUSTER // 64)
-    )
-
-
 def _matmul(
-    name: str,
-    tokens: int,
-    columns: int,
-    depth: int,
-    dtype: torch.dtype,
-    index: int,
-    outputs: tuple[_Empty, ...],
-    a_map: "_TensorMap",
-    weight_map: "_TensorMap",
+    name: str, tokens: int, columns: int, depth: int, dtype: torch.dtype, index: int, outputs: tuple[_Empty, ...]
 ) -> _Matmul:
     kernel, clusters = _matmul_kernel(name, dtype, index)
     shape, clusters = schedule.share_out(tokens, columns, depth, clusters)
-    arguments = (a_map.words, weight_map.words, *[POINTER] * 3, shape)
-    launch = _Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, SHARED_BYTES, arguments)
-    return _Matmul(outputs, a_map, weight_map, launch)
+    stored = depth * _A_COLUMNS[name] // 64
+    boxes = [(_A_COLUMNS[name], 64 * height) for height in (3, shape.lower_height)]
+    a_maps = tuple(_TensorMap(dtype, (stored, tokens), (1,), box) for box in boxes)
+    # In the order of tiles.cuh: of every RUN rows, row RUN / 4 * q + 2 a + b comes to lie at 8 a + 2 q + b.
+    run = _RUN[name]
+    weight_box = 64, 2, 4, run // 8, TILE_COLUMNS // CLUSTER // run
+    weight_map = _TensorMap(dtype, (depth, 2, 4, run // 8, columns // run), (1, run // 4, 2, run), weight_box)
+    arguments = (*(each.words for each in (*a_maps, weight_map)), *[POINTER] * 3, shape)
+    launch = _Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
+    return _Matmul(outputs, a_maps, weight_map, launch)
 
 
 @functools.cache
@@ -239,11 +228,11 @@ def _packing_kernel(entry: str, dtype: torch.dtype, index: int) -> Any:
 @functools.cache
 def _matmul_kernel(name: str, dtype: torch.dtype, index: int) -> tuple[Any, int]:
     """The kernel, and how many of its clusters the device holds at a time."""
-    driver = _driver()
-    loaded = compile.kernel(name, name, matmul_defines(name, dtype), index, SHARED_BYTES, MATMUL_STARTS_WITH)
+    driver, shared_bytes = _driver(), _shared_bytes(name)
+    loaded = compile.kernel(name, name, matmul_defines(name, dtype), index, shared_bytes, MATMUL_STARTS_WITH)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count // CLUSTER * CLUSTER
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, MATMUL_THREADS, SHARED_BYTES
+    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, MATMUL_THREADS, shared_bytes
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     function = _function(loaded, index)
     with torch.cuda.device(index):
@@ -252,8 +241,11 @@ def _matmul_kernel(name: str, dtype: torch.dtype, index: int) -> tuple[Any, int]
 
 
 def matmul_defines(name: str, dtype: torch.dtype) -> dict[str, int | str]:
-    stages, chunks = RINGS[name]
-    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, "STAGES": stages, "CHUNKS": chunks}
+    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, "STAGES": STAGES[name]}
+
+
+def _shared_bytes(name: str) -> int:
+    return STAGES[name] * 2 * (TILE_ROWS * _A_COLUMNS[name] + TILE_COLUMNS * 64) + 1024  # 1024: to align the first stage
 
 
 def _function(kernel: Any, index: int) -> Any:
@@ -263,7 +255,7 @@ def _function(kernel: Any, index: int) -> Any:
 
 
 class _TensorMap:
-    """What a bulk tensor copy needs of a matrix in memory, to bring in boxes of it, rows of 128 bytes, swizzled.
+    """What a bulk tensor copy needs of a matrix in memory, to bring in boxes of it, rows swizzled by their length.
 
     ``sizes``, innermost first, of the array that the matrix is taken as: columns, then rows, in as many dimensions as
     it takes to put them in order; ``strides`` of these in rows; ``box`` as ``sizes``.
@@ -271,7 +263,7 @@ class _TensorMap:
 
     def __init__(self, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> None:
         driver = _driver()
-        types = driver.CUtensorMapDataType
+        types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
         bfloat16, float16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
         result = driver.cuTensorMapEncodeTiled(
             bfloat16 if dtype == torch.bfloat16 else float16,
@@ -282,7 +274,7 @@ class _TensorMap:
             [driver.cuuint32_t(size) for size in box],
             [driver.cuuint32_t(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box[0] == 64 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
@@ -310,7 +302,8 @@ POINTER = None  # in the arguments of a launch: a pointer, which each call bring
 class _Launch:
     """A launch on torch's current stream that is ready but for the stream and the pointers.
 
-    ``arguments`` are in the kernel's order: ctypes objects, and ``POINTER``.
+    ``arguments`` are in the kernel's order: ctypes objects, and ``POINTER``. The kernel may start while the one before
+    it ends (programmatic dependent launch): it waits for it itself.
     """
 
     def __init__(
@@ -321,14 +314,23 @@ class _Launch:
         slots = (ctypes.addressof(self._pointers) + 8 * slot for slot in range(len(self._pointers)))
         addresses = [next(slots) if argument is POINTER else ctypes.addressof(argument) for argument in arguments]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._start = kernel, *grid, 1, threads, 1, 1, shared_bytes
-        self._end = ctypes.addressof(self._addresses), 0
-        self._driver = _driver()
+        self._kernel = kernel, ctypes.addressof(self._addresses), 0
+        self._driver = driver = _driver()
+        overlap = driver.CUlaunchAttribute()
+        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        self._config = config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.attrs, config.numAttrs = shared_bytes, [overlap], 1
+        self._stream = 0  # of the configuration
 
     def __call__(self, *pointers: int) -> None:
         self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
         stream = torch._C._cuda_getCurrentRawStream(self._index)
-        _checked("cuLaunchKernel", self._driver.cuLaunchKernel(*self._start, stream, *self._end))
+        if stream != self._stream:
+            self._config.hStream = self._stream = stream
+        _checked("cuLaunchKernelEx", self._driver.cuLaunchKernelEx(self._config, *self._kernel))
 
 
 def _set_current(index: int) -> None:

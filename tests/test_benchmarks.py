@@ -186,8 +186,8 @@ def test_the_sanitizers_see_every_kernel():
         assert {(shape.row_clusters > 0, shape.lower_height) for shape, _ in shapes} == {(True, 2), (True, 1), (False, 1)}
     source = "".join(path.read_text() for path in compile.CSRC.glob("*.cu"))
     assert all(sanitize.OURS.search(entry) for entry in ("relu2_sparsify", "relu2_sparsify_any"))
-    assert all(sanitize.OURS.search(entry) for entry in cuda.RINGS)
-    assert source.count('extern "C" __global__') == 2 and source.count("\nMATMUL ") == len(cuda.RINGS) == 2
+    assert all(sanitize.OURS.search(entry) for entry in cuda.STAGES)
+    assert source.count('extern "C" __global__') == 2 and source.count("\nMATMUL ") == len(cuda.STAGES) == 2
 
 
 def test_a_wait_without_a_bound(tmp_path, monkeypatch):

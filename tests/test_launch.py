@@ -24,10 +24,13 @@ class Driver:
     def __getattr__(self, name):
         return getattr(driver, name)
 
-    def cuLaunchKernel(self, kernel, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
-        assert (kernel, z, threads_y, threads_z, stream, extra) == (KERNEL, 1, 1, 1, STREAM, 0)
-        self.launches, self.blocks = self.launches + 1, x * y
-        self.arguments = (ctypes.c_void_p * 6).from_address(parameters)[:]
+    def cuLaunchKernelEx(self, config, kernel, parameters, extra):
+        assert (kernel, int(config.hStream), extra) == (KERNEL, STREAM, 0)
+        assert (config.gridDimZ, config.blockDimY, config.blockDimZ) == (1, 1, 1)
+        (attribute,) = config.attrs
+        assert attribute.value.programmaticStreamSerializationAllowed and config.numAttrs == 1
+        self.launches, self.blocks = self.launches + 1, config.gridDimX * config.gridDimY
+        self.arguments = (ctypes.c_void_p * (7 if config.blockDimX > 256 else 6)).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
         return SUCCESS
 
@@ -71,14 +74,14 @@ def test_sparse_mm(tokens, launched):
         weight = torch.randn(256, 512).to(BF16)
         out = cuda.sparse_mm(packed.view(2, -1, 256), metadata, weight, bias)
         assert out.shape == (2, tokens // 2, 256) and out.is_contiguous()
-        assert launched.words[:3] == [packed.data_ptr(), weight.data_ptr(), metadata.data_ptr()]
-        assert launched.words[3:5] == [0 if bias is None else bias.data_ptr(), out.data_ptr()]
+        assert launched.words[:4] == [*[packed.data_ptr()] * 2, weight.data_ptr(), metadata.data_ptr()]
+        assert launched.words[4:6] == [0 if bias is None else bias.data_ptr(), out.data_ptr()]
         check_work(launched, tokens)
 
 
 def check_work(launched, tokens):
     shape, clusters = schedule.share_out(tokens, 256, 512, 66)
-    assert bytes(schedule.Shape.from_address(launched.arguments[5])) == bytes(shape)
+    assert bytes(schedule.Shape.from_address(launched.arguments[6])) == bytes(shape)
     assert launched.blocks == schedule.CLUSTER * clusters
 
 
@@ -89,8 +92,8 @@ def test_linear_relu2_sparsify(tokens, launched):
         packed, metadata = cuda.linear_relu2_sparsify(x, weight, bias)
         assert packed.shape == (2, tokens // 2, 128) and metadata.shape == (-(-tokens // 16) * 16, 32)
         assert packed.is_contiguous() and metadata.is_contiguous()
-        assert launched.words[:3] == [x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()]
-        assert launched.words[3:5] == [packed.data_ptr(), metadata.data_ptr()]
+        assert launched.words[:4] == [*[x.data_ptr()] * 2, weight.data_ptr(), 0 if bias is None else bias.data_ptr()]
+        assert launched.words[4:6] == [packed.data_ptr(), metadata.data_ptr()]
         check_work(launched, tokens)
 
 
@@ -120,8 +123,8 @@ def test_each_thread_makes_the_context_current(launched, monkeypatch):
 
 
 def test_an_error_is_named(launched, monkeypatch):
-    monkeypatch.setattr(Driver, "cuLaunchKernel", lambda *_: (driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,))
-    with pytest.raises(RuntimeError, match="cuLaunchKernel failed: CUDA_ERROR_LAUNCH_FAILED"):
+    monkeypatch.setattr(Driver, "cuLaunchKernelEx", lambda *_: (driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,))
+    with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed: CUDA_ERROR_LAUNCH_FAILED"):
         cuda.relu2_sparsify(torch.randn(8, 64).to(BF16))
 
 

@@ -4,44 +4,41 @@
 // A thread's results (see tiles.cuh) are whole groups of four in 16 columns of two rows, whose kept values fill 16 bytes and
 // whose codes are just what it has to store as metadata.
 //
-// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES, CHUNKS.
+// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES.
 
 #include "keep.cuh"
 #include "tiles.cuh"
 
 struct LinearRelu2Sparsify {
-  static constexpr int SPAN = 1;
+  static constexpr int A_BYTES = TILE_M * K * 2;
+  static constexpr int RUN = 64;  // sixteen columns a thread: as many as it stores metadata of
 
-  const TensorMap &a_map, &b_map;
+  const TensorMap &a_map, &lower_map, &b_map;
   const u16* bias;
   u16* packed;
   uint4* metadata;
   const Shape& shape;
 
-  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Stages& stages, Chunks& chunks, const Tile& tile) const {
-    Stages last_stage;
-    Chunks last_chunk;
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
 #pragma unroll 1
-    for (int k = 0; k < 4 * shape.groups; ++k) {
-      barrier_wait(chunks.full(), chunks.phase);
-      barrier_wait(stages.full(), stages.phase);
-      const u64 a = matrix_descriptor(chunks.buffer()), b = matrix_descriptor(stages.buffer());
+    for (int i = 0; i < 4 * shape.groups; ++i) {
+      const u32 stage = ring.stages + ring.at * (A_BYTES + B_BYTES);
+      const u64 a = matrix_descriptor<128>(stage + thread_index() / 128 * (64 * K * 2)), b = matrix_descriptor<128>(stage + A_BYTES);
+      ring.wait();
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step) wgmma_dense(d, a + step * (32 >> 4), b + step * (32 >> 4));
       wgmma_commit();
       wgmma_wait<1>();
-      if (k > 0) release(last_stage), release(last_chunk);
-      last_stage = stages, last_chunk = chunks;
-      stages.advance(1);
-      chunks.advance(tile.height);
+      if (i > 0) ring.release(ring.previous());
+      ring.next();
     }
     wgmma_wait<0>();
-    release(last_stage), release(last_chunk);
+    ring.release(ring.previous());
   }
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
-    const Place place = place_of(tile);
+    const Place place = place_of<RUN>(tile);
     const int row = place.row, block = row / 16;
     u16* line = packed + (i64)row * (shape.columns / 2) + place.column / 2;
     u32 codes[4];
@@ -83,8 +80,8 @@ struct LinearRelu2Sparsify {
   }
 };
 
-MATMUL linear_relu2_sparsify(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
-                             const u16* __restrict__ bias, u16* __restrict__ packed, uint4* __restrict__ metadata,
-                             const __grid_constant__ Shape shape) {
-  walk(LinearRelu2Sparsify{x_map, weight_map, bias, packed, metadata, shape}, shape);
+MATMUL linear_relu2_sparsify(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap lower_map,
+                             const __grid_constant__ TensorMap weight_map, const u16* __restrict__ bias,
+                             u16* __restrict__ packed, uint4* __restrict__ metadata, const __grid_constant__ Shape shape) {
+  walk(LinearRelu2Sparsify{x_map, lower_map, weight_map, bias, packed, metadata, shape}, shape);
 }

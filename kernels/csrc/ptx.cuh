@@ -61,11 +61,6 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 block) {
 #define WAIT_TRIES (1u << 24)
 #endif
 
-// The same at a barrier of one's own.
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Waits for the phase to end.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
   for (u32 tries = 0, done = 0; !done; ++tries) {
@@ -84,6 +79,11 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
 __device__ __forceinline__ void sync_threads(u32 barrier, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+
+// --- launches that follow each other: lets the next one start as soon as there is room, and waits until the one before has
+// ended and all that it wrote is there
+
+__device__ __forceinline__ void follow() { asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory"); }
 
 // --- clusters
 
@@ -139,10 +139,11 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
-// Describes a tile in shared memory, rows of 128 bytes along K, swizzled by that much.
+// Describes a tile in shared memory, rows of `SWIZZLE` bytes along K, swizzled by that much (64 or 128).
+template <int SWIZZLE>
 __device__ __forceinline__ u64 matrix_descriptor(u32 shared) {
-  const u64 eight_rows = (8 * 128) >> 4;
-  return (1ull << 62) | (eight_rows << 32) | (1ull << 16) | ((shared & 0x3FFFF) >> 4);
+  const u64 eight_rows = (8 * SWIZZLE) >> 4;
+  return ((u64)(SWIZZLE == 128 ? 1 : 2) << 62) | (eight_rows << 32) | (1ull << 16) | ((shared & 0x3FFFF) >> 4);
 }
 
 #define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"

@@ -1,19 +1,20 @@
 // out[T, D] = unpack(packed[T, H/2], metadata) @ weight[D, H]^T + bias[D], 16-bit floats, fp32 accumulation. See tiles.cuh.
 //
-// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES, CHUNKS.
+// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES.
 
 #include "tiles.cuh"
 
 struct SparseMM {
-  static constexpr int SPAN = 2;  // half of A's columns are stored
+  static constexpr int A_BYTES = TILE_M * K;  // half of A's columns stored, two bytes each
+  static constexpr int RUN = 32;  // eight columns a thread: two fill a sector of memory
 
-  const TensorMap &a_map, &b_map;
+  const TensorMap &a_map, &lower_map, &b_map;
   const uint4* metadata;
   const u16* bias;
   u16* out;
   const Shape& shape;
 
-  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Stages& stages, Chunks& chunks, const Tile& tile) const {
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
     // A warp's block of metadata, 16 rows by a group; beyond the last row the last one: what comes of it is not stored.
     const int block = min(tile.row / 16 + (int)thread_index() / 32, (shape.tokens - 1) / 16);
     u32 at = block * shape.groups * 32 + thread_index() % 32;  // 32 bits count 64 GB
@@ -22,38 +23,33 @@ struct SparseMM {
       const u32 codes[4] = {next.x, next.y, next.z, next.w};
       if (left > 1) at += 32;
       next = load_metadata(metadata + at);
-      Stages last_stage;
-      Chunks last_chunk;
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        if (part % 2 == 0) barrier_wait(chunks.full(), chunks.phase);
-        barrier_wait(stages.full(), stages.phase);
-        const u64 a = matrix_descriptor(chunks.buffer()) + part % 2 * (64 >> 4), b = matrix_descriptor(stages.buffer());
+        const u32 stage = ring.stages + ring.at * (A_BYTES + B_BYTES);
+        const u64 a = matrix_descriptor<64>(stage + thread_index() / 128 * (64 * K)), b = matrix_descriptor<128>(stage + A_BYTES);
+        ring.wait();
         wgmma_fence();
         // Threads 0 and 1 of a quad hold the first step's codes, of columns 0-15 and 16-31, threads 2 and 3 the second's.
         wgmma_sparse<0>(d, a, b, codes[part]);
         wgmma_sparse<1>(d, a + (32 >> 4), b + (64 >> 4), codes[part]);
         wgmma_commit();
-        // What has been read may be filled again. The metadata's registers may be written again only when all is done: wgmma
-        // reads them while it runs, and the compiler does not know.
+        // A stage may be filled again once it has been read. The metadata's registers may be written again only when all is
+        // done: wgmma reads them while it runs, and the compiler does not know.
         if (part == 3) wgmma_wait<0>();
         else if (part > 0) wgmma_wait<1>();
-        if (part > 0) release(last_stage);
-        if (part == 2) release(last_chunk);
-        if (part == 3) release(stages), release(chunks);
-        last_stage = stages;
-        stages.advance(1);
-        if (part % 2 == 1) last_chunk = chunks, chunks.advance(tile.height);
+        if (part > 0) ring.release(ring.previous());
+        if (part == 3) ring.release(ring.at);
+        ring.next();
       }
     }
   }
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
-    const Place place = place_of(tile);
+    const Place place = place_of<RUN>(tile);
     u16* line = out + (i64)place.row * shape.columns + place.column;
 #pragma unroll
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
-      const int column = i / 16 * 64 + i % 16;
+      const int column = RUN / 8 * i;
       if (tile.column + column >= shape.columns) return;
       const uint4 biases = bias == nullptr ? uint4() : __ldg((const uint4*)(bias + place.column + column));
       const u32 two[4] = {biases.x, biases.y, biases.z, biases.w};
@@ -72,8 +68,8 @@ struct SparseMM {
   }
 };
 
-MATMUL sparse_mm(const __grid_constant__ TensorMap packed_map, const __grid_constant__ TensorMap weight_map,
-                 const uint4* __restrict__ metadata, const u16* __restrict__ bias, u16* __restrict__ out,
-                 const __grid_constant__ Shape shape) {
-  walk(SparseMM{packed_map, weight_map, metadata, bias, out, shape}, shape);
+MATMUL sparse_mm(const __grid_constant__ TensorMap packed_map, const __grid_constant__ TensorMap lower_map,
+                 const __grid_constant__ TensorMap weight_map, const uint4* __restrict__ metadata, const u16* __restrict__ bias,
+                 u16* __restrict__ out, const __grid_constant__ Shape shape) {
+  walk(SparseMM{packed_map, lower_map, weight_map, metadata, bias, out, shape}, shape);
 }
