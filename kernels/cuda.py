@@ -302,8 +302,7 @@ POINTER = None  # in the arguments of a launch: a pointer, which each call bring
 class _Launch:
     """A launch on torch's current stream that is ready but for the stream and the pointers.
 
-    ``arguments`` are in the kernel's order: ctypes objects, and ``POINTER``. The kernel may start while the one before
-    it ends (programmatic dependent launch): it waits for it itself.
+    ``arguments`` are in the kernel's order: ctypes objects, and ``POINTER``.
     """
 
     def __init__(
@@ -314,23 +313,14 @@ class _Launch:
         slots = (ctypes.addressof(self._pointers) + 8 * slot for slot in range(len(self._pointers)))
         addresses = [next(slots) if argument is POINTER else ctypes.addressof(argument) for argument in arguments]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._kernel = kernel, ctypes.addressof(self._addresses), 0
-        self._driver = driver = _driver()
-        overlap = driver.CUlaunchAttribute()
-        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        overlap.value.programmaticStreamSerializationAllowed = 1
-        self._config = config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes, config.attrs, config.numAttrs = shared_bytes, [overlap], 1
-        self._stream = 0  # of the configuration
+        self._start = kernel, *grid, 1, threads, 1, 1, shared_bytes
+        self._end = ctypes.addressof(self._addresses), 0
+        self._driver = _driver()
 
     def __call__(self, *pointers: int) -> None:
         self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
         stream = torch._C._cuda_getCurrentRawStream(self._index)
-        if stream != self._stream:
-            self._config.hStream = self._stream = stream
-        _checked("cuLaunchKernelEx", self._driver.cuLaunchKernelEx(self._config, *self._kernel))
+        _checked("cuLaunchKernel", self._driver.cuLaunchKernel(*self._start, stream, *self._end))
 
 
 def _set_current(index: int) -> None:

@@ -24,13 +24,10 @@ class Driver:
     def __getattr__(self, name):
         return getattr(driver, name)
 
-    def cuLaunchKernelEx(self, config, kernel, parameters, extra):
-        assert (kernel, int(config.hStream), extra) == (KERNEL, STREAM, 0)
-        assert (config.gridDimZ, config.blockDimY, config.blockDimZ) == (1, 1, 1)
-        (attribute,) = config.attrs
-        assert attribute.value.programmaticStreamSerializationAllowed and config.numAttrs == 1
-        self.launches, self.blocks = self.launches + 1, config.gridDimX * config.gridDimY
-        self.arguments = (ctypes.c_void_p * (7 if config.blockDimX > 256 else 6)).from_address(parameters)[:]
+    def cuLaunchKernel(self, kernel, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
+        assert (kernel, z, threads_y, threads_z, stream, extra) == (KERNEL, 1, 1, 1, STREAM, 0)
+        self.launches, self.blocks = self.launches + 1, x * y
+        self.arguments = (ctypes.c_void_p * (7 if threads > 256 else 6)).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
         return SUCCESS
 
@@ -123,8 +120,8 @@ def test_each_thread_makes_the_context_current(launched, monkeypatch):
 
 
 def test_an_error_is_named(launched, monkeypatch):
-    monkeypatch.setattr(Driver, "cuLaunchKernelEx", lambda *_: (driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,))
-    with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed: CUDA_ERROR_LAUNCH_FAILED"):
+    monkeypatch.setattr(Driver, "cuLaunchKernel", lambda *_: (driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,))
+    with pytest.raises(RuntimeError, match="cuLaunchKernel failed: CUDA_ERROR_LAUNCH_FAILED"):
         cuda.relu2_sparsify(torch.randn(8, 64).to(BF16))
 
 

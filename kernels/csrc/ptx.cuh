@@ -80,11 +80,6 @@ __device__ __forceinline__ void sync_threads(u32 barrier, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// --- launches that follow each other: lets the next one start as soon as there is room, and waits until the one before has
-// ended and all that it wrote is there
-
-__device__ __forceinline__ void follow() { asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory"); }
-
 // --- clusters
 
 __device__ __forceinline__ u32 cluster_rank() {

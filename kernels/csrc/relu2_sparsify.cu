@@ -29,7 +29,6 @@ __device__ __forceinline__ i64 metadata_word(i64 block, i64 padded_columns, int 
 extern "C" __global__ void __launch_bounds__(256)
     relu2_sparsify(const u16* __restrict__ h, i64 row_stride, u16* __restrict__ packed, u32* __restrict__ metadata, i64 rows,
                    i64 columns) {
-  follow();
   const i64 column = 16 * ((i64)blockIdx.x * 256 + threadIdx.x), padded_columns = (columns + 255) / 256 * 256;
   if (column >= padded_columns) return;
   for (i64 pair = blockIdx.y; pair < (rows + 15) / 16 * 8; pair += gridDim.y) {
@@ -58,7 +57,6 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256)
     relu2_sparsify_any(const u16* __restrict__ h, i64 row_stride, u16* __restrict__ packed, u8* __restrict__ metadata, i64 rows,
                        i64 columns) {
-  follow();
   const i64 column = 8 * ((i64)blockIdx.x * 256 + threadIdx.x), padded_columns = (columns + 255) / 256 * 256;
   if (column >= padded_columns) return;
   for (i64 row = blockIdx.y; row < (rows + 15) / 16 * 16; row += gridDim.y) {

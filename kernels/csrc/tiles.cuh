@@ -115,7 +115,6 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
     barrier_init_fence();
   }
   cluster_sync();
-  follow();
 
   Tile tile;
   if (threadIdx.x >= WARPGROUPS * 128) {
