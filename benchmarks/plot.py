@@ -33,7 +33,7 @@ def speed(result: dict[str, Any]) -> Figure:
         bounds(left, shapes, figure_name, number, len(over))
     finish(left, "Second matmul in 2:4", "times as fast")
     shapes = [shape for shape in FFN_SHAPES if shape in ffns]
-    reached = [best_dense(ffns[shape])["median"] / ffns[shape]["2:4"]["median"] for shape in shapes]
+    reached = [ratio(ffns[shape], best_dense(ffns[shape])["what"]) for shape in shapes]
     bars(right, labels(shapes), {"over torch.compile": reached})
     bounds(right, shapes, "FFN over torch.compile", 0, 1)
     finish(right, "Whole FFN, forward", "")
@@ -73,7 +73,7 @@ def zeros(result: dict[str, Any]) -> Figure:
     for panel, shape in zip(panels[0], shapes):
         over: dict[str, list[float | None]] = {"matmul over cuBLAS": [], "FFN over torch.compile, default mode": []}
         for percent in (50, 90, 97):
-            over["matmul over cuBLAS"].append(ratio(rows(result, "kernels", percent)[shape], "cuBLAS"))
+            over["matmul over cuBLAS"].append(ratio(rows(result, "kernels", percent).get(shape, {}), "cuBLAS"))
             ffn = rows(result, "ffn", percent).get(shape, {})
             over["FFN over torch.compile, default mode"].append(ratio(ffn, "dense"))
         bars(panel, ["50 % zeros", "90 %", "97 %"], over)

@@ -7,6 +7,8 @@ round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and 
 
 import argparse
 import json
+import operator
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,10 @@ def best_dense(timed: dict[str, Row]) -> Row:
 
 
 def ratio(timed: dict[str, Row], baseline: str, ours: str = "2:4") -> float | None:
-    """How many times as fast ``ours`` is; None where either was not measured."""
+    """How many times as fast ``ours`` is, the median over rounds: noise disturbs both of one. None: not measured."""
     if baseline not in timed or ours not in timed:
         return None
-    return timed[baseline]["median"] / timed[ours]["median"]
+    return statistics.median(map(operator.truediv, timed[baseline]["samples"], timed[ours]["samples"]))
 
 
 def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -94,7 +96,7 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
         add_ratio("packing over a copy, bytes/s", shape, timed["pack"]["TB/s"] / timed["copy"]["TB/s"])
     ffns = rows(result, "ffn")
     for shape, timed in ffns.items():
-        add_ratio("FFN over torch.compile", shape, best_dense(timed)["median"] / timed["2:4"]["median"])
+        add_ratio("FFN over torch.compile", shape, ratio(timed, best_dense(timed)["what"]))
     for shape, timed in ffns.items():
         dense, sparse = best_dense(timed)["joules"], timed["2:4"]["joules"]
         if dense is not None and sparse is not None:

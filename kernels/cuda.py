@@ -153,7 +153,7 @@ def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, 
 @dataclass(frozen=True)
 class _Matmul:
     outputs: tuple[_Empty, ...]
-    a_maps: tuple["_TensorMap", "_TensorMap"]  # by whole tiles and by lower ones
+    a_maps: Sequence["_TensorMap"]  # by whole tiles, and by lower ones
     weight_map: "_TensorMap"
     launch: "_Launch"
 
@@ -208,8 +208,9 @@ def _matmul(
     kernel, clusters = _matmul_kernel(name, dtype, index)
     shape, clusters = schedule.share_out(tokens, columns, depth, clusters)
     stored = depth * _A_COLUMNS[name] // 64
-    boxes = [(_A_COLUMNS[name], 64 * height) for height in (3, shape.lower_height)]
-    a_maps = tuple(_TensorMap(dtype, (stored, tokens), (1,), box) for box in boxes)
+    a_maps = [
+        _TensorMap(dtype, (stored, tokens), (1,), (_A_COLUMNS[name], 64 * height)) for height in (3, shape.lower_height)
+    ]
     # In the order of tiles.cuh: of every RUN rows, row RUN / 4 * q + 2 a + b comes to lie at 8 a + 2 q + b.
     run = _RUN[name]
     weight_box = 64, 2, 4, run // 8, TILE_COLUMNS // CLUSTER // run
@@ -245,7 +246,8 @@ def matmul_defines(name: str, dtype: torch.dtype) -> dict[str, int | str]:
 
 
 def _shared_bytes(name: str) -> int:
-    return STAGES[name] * 2 * (TILE_ROWS * _A_COLUMNS[name] + TILE_COLUMNS * 64) + 1024  # 1024: to align the first stage
+    stage = 2 * (TILE_ROWS * _A_COLUMNS[name] + TILE_COLUMNS * 64)
+    return STAGES[name] * stage + 1024  # to align the first one
 
 
 def _function(kernel: Any, index: int) -> Any:

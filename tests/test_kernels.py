@@ -3,6 +3,7 @@
 python -m pytest tests/test_kernels.py
 """
 
+import re
 import threading
 
 import pytest
@@ -372,6 +373,18 @@ def test_inductor_calls_them_itself(mode):
             x = random(600, 256)
             want, _ = outputs(mlp, x)
             assert (compiled(x) - want).norm() < 1e-2 * want.norm()
+
+
+def test_few_tokens_run_the_code_of_plain_inductor():
+    """So they are as fast: what a benchmark sees between the two is noise."""
+    mlp, x, codes = MLP().cuda().bfloat16(), random(512, 2048), []
+    for backend in ("inductor", "ao_act24"):
+        torch._dynamo.reset()
+        compiled = torch.compile(mlp, backend=backend, dynamic=False, fullgraph=True)
+        with torch.no_grad(), fresh_cache():
+            _, (code,) = run_and_get_code(compiled, x)
+        codes.append(re.sub(r"/\S+|AOT ID: .*", "", code))  # paths, and how many graphs there were before
+    assert codes[0] == codes[1] and "ao_act24" not in codes[0]
 
 
 @pytest.mark.parametrize("way", ["backend", "sparsify_", "both"])
