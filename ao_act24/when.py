@@ -10,7 +10,8 @@ H200, ``python benchmarks/hopper.py --only tokens`` (``benchmarks/results/hopper
     8192 x 32768        0.79   1.00   1.21   1.23   1.25   1.24   1.26
 
 The rule, from an earlier version of the kernels, starts at 16384, 4096, 1024 and 1024 tokens. It could start earlier by
-this table, which has few sizes: between them rounds may come out uneven (``kernels/schedule.py``).
+this table, which has few sizes: between them rounds may come out uneven (``kernels/schedule.py``). fp16 takes the same
+instructions, and other Hopper cards have less power or memory bandwidth for dense and 2:4 alike: not measured.
 
 Called one by one, without a graph, 2:4 is no slower at the small sizes either: launching binds, and takes less time.
 Few tokens also bind both matmuls to reading the weights, which 2:4 activations do not make smaller.
@@ -21,6 +22,7 @@ from ao_act24.kernels.schedule import TILE_COLUMNS
 
 MIN_TOKENS = 1024
 MIN_PRODUCT = 2**36  # tokens * model_dim * hidden_dim: multiplications of one dense matmul
+MIN_DIM = 1024  # of both: smaller ones were not measured; at few columns a tile's end is as long as its stages
 MAX_PADDING = 1.05  # of a weight, both ways to whole tiles; not measured: small against what 2:4 gains
 
 
@@ -60,6 +62,8 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # typ
         padded = [-(-size // TILE_COLUMNS) * TILE_COLUMNS for size in (model_dim, hidden_dim)]
         if padded[0] * padded[1] > MAX_PADDING * model_dim * hidden_dim:
             return f"the 2:4 kernels would pad a {model_dim} x {hidden_dim} weight to {padded[0]} x {padded[1]}"
+        if min(model_dim, hidden_dim) < MIN_DIM:
+            return f"2:4 pays from model_dim and hidden_dim {MIN_DIM} on, got {model_dim} and {hidden_dim}"
     if tokens is None or model_dim is None or hidden_dim is None:
         return ""
     if tokens < MIN_TOKENS:

@@ -4,10 +4,11 @@
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: under 2 minutes
     python benchmarks/hopper.py --only kernels   one part of three (kernels, ffn, tokens); the file keeps the others
 
-Everything is timed in one process, in turn, on the same data. A figure is the median of rounds; a round is a burst of
-calls after a third as many for warming up, in the opposite order every other round. Bursts of matmuls and FFNs are long
-enough to reach the power limit. Matmuls run as CUDA graphs, so that no host time counts. Clocks are as they come, and
-sampled. Energy is given for bursts of a second or more.
+Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
+one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
+medians. A round is a burst of calls after a third as many for warming up, in the opposite order every other round.
+Bursts of matmuls and FFNs are long enough to reach the power limit. Matmuls run as CUDA graphs, so that no host time
+counts. Clocks are as they come, and sampled. Energy is given for bursts of a second or more.
 
 L2: a call at the benchmark shapes reads and writes more than it holds. Of the FFNs for few tokens, the weights of
 1024 x 4096 (17 MB) stay in L2 from call to call, in all variants alike.
@@ -21,6 +22,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import re
 import statistics
 import time
@@ -40,8 +42,9 @@ from ao_act24.kernels import cuda, reference
 from ao_act24.when import MIN_PRODUCT
 
 SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
-FEW_SIZES = [(2048, 8192), (1024, 4096), (4096, 16384), (8192, 32768)]
+FEW_SIZES = [(2048, 8192), (768, 3072), (1024, 4096), (4096, 16384), (8192, 32768)]
 TOKENS = [1, 16, 128, 512, 1024, 1536, 2048, 4096]
+UNEVEN = [(1168, 4608, 18432), (1552, 3584, 14336), (2176, 2048, 8192), (1152, 4096, 16384)]  # rounds come out uneven
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
 Runs = dict[str, Callable[[], object]]
 
@@ -248,23 +251,24 @@ def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     warnings.simplefilter("ignore", ao_act24.Act24Warning)  # that all stays dense is what is measured
     always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
     variants: dict[str, dict[str, Any]] = {"dense": {}, "chosen": {"backend": "ao_act24"}, "2:4": {"backend": always}}
-    for model_dim, hidden_dim in FEW_SIZES[:1] if quick else FEW_SIZES:
-        begins = MIN_PRODUCT // (model_dim * hidden_dim)  # the rule's first number of tokens
-        for tokens in sorted({*(TOKENS[::2] if quick else TOKENS), begins}):
-            shape = tokens, model_dim, hidden_dim
-            ffn, x = ffn_and_input(shape, 90)
-            runs = compiled(ffn, x, **variants)
-            launching = burst(runs["dense"], 10) < 0.3
-            seconds, rounds = (0.002, 101) if launching else (0.005, 21)
-            timed = in_turn(runs, seconds, rounds)
-            calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
-            pool = torch.cuda.graph_pool_handle()  # of their own, one was 4 % slower with the same kernels
-            graphs: Runs = {f"{name} graph": captured(run, calls, pool) for name, run in runs.items()}
-            timed |= in_turn(graphs, 0.005, 41 if launching else 21, each=calls)
-            if shape == HOST_AT:
-                single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}
-                timed |= host_in_turn({f"host {name}": run for name, run in runs.items()} | single)
-            yield placed(timed, shape, 90)
+    shapes = [] if quick else UNEVEN
+    for size in FEW_SIZES[:1] if quick else FEW_SIZES:
+        begins = MIN_PRODUCT // math.prod(size)  # the rule's first number of tokens
+        shapes = shapes + [(tokens, *size) for tokens in sorted({*(TOKENS[::2] if quick else TOKENS), begins})]
+    for shape in shapes:
+        ffn, x = ffn_and_input(shape, 90)
+        runs = compiled(ffn, x, **variants)
+        launching = burst(runs["dense"], 10) < 0.3
+        seconds, rounds = (0.002, 101) if launching else (0.005, 21)
+        timed = in_turn(runs, seconds, rounds)
+        calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
+        pool = torch.cuda.graph_pool_handle()  # of their own, one was 4 % slower with the same kernels
+        graphs: Runs = {f"{name} graph": captured(run, calls, pool) for name, run in runs.items()}
+        timed |= in_turn(graphs, 0.005, 41 if launching else 21, each=calls)
+        if shape == HOST_AT:
+            single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}
+            timed |= host_in_turn({f"host {name}": run for name, run in runs.items()} | single)
+        yield placed(timed, shape, 90)
 
 
 def placed(timed: dict[str, Row], shape: Shape, zeros: int) -> list[Row]:

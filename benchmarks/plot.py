@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def speed(result: dict[str, Any]) -> Figure:
 def tokens(result: dict[str, Any]) -> Figure:
     """The FFN over dense by number of tokens: what the rule chooses, and 2:4 always; as called, and in a CUDA graph."""
     measured = rows(result, "tokens")
-    sizes = sorted({shape[1:] for shape in measured})
+    lines = Counter(shape[1:] for shape in measured)
+    sizes = sorted(size for size, points in lines.items() if points > 1) or sorted(lines)
     figure, panels = plt.subplots(2, len(sizes), figsize=(1 + 3.2 * len(sizes), 6), squeeze=False, sharey="row")
     for column, (model_dim, hidden_dim) in enumerate(sizes):
         at = sorted(shape for shape in measured if shape[1:] == (model_dim, hidden_dim))

@@ -23,9 +23,12 @@ _THREADS = 256  # a block of the packing kernels
 # of the matmuls, tiles.cuh
 MATMUL_THREADS = 512
 MATMUL_STARTS_WITH = 128  # registers: see there
-STAGES = {"sparse_mm": 5, "linear_relu2_sparsify": 4}  # as many as fit
-_A_COLUMNS = {"sparse_mm": 32, "linear_relu2_sparsify": 64}  # in a stage, as A is stored
-_RUN = {"sparse_mm": 32, "linear_relu2_sparsify": 64}  # columns that four threads hold a quarter each of
+K = 64  # columns of A and B in a stage
+# RUN: columns that four threads hold a quarter each of; A_COLUMNS: of A in a stage, as it is stored
+DEFINES = {
+    "sparse_mm": {"STAGES": 5, "RUN": 32, "A_COLUMNS": 32},  # with 8 columns, two threads fill a sector of memory
+    "linear_relu2_sparsify": {"STAGES": 4, "RUN": 64, "A_COLUMNS": 64},  # 16: as many as a thread stores metadata of
+}
 
 
 @torch.compiler.assume_constant_result
@@ -206,14 +209,13 @@ def _matmul(
     name: str, tokens: int, columns: int, depth: int, dtype: torch.dtype, index: int, outputs: tuple[_Empty, ...]
 ) -> _Matmul:
     kernel, clusters = _matmul_kernel(name, dtype, index)
-    shape, clusters = schedule.share_out(tokens, columns, depth, clusters)
-    stored = depth * _A_COLUMNS[name] // 64
-    a_maps = [
-        _TensorMap(dtype, (stored, tokens), (1,), (_A_COLUMNS[name], 64 * height)) for height in (3, shape.lower_height)
-    ]
+    stages = -(-depth // 256) * 4 if name == "sparse_mm" else -(-depth // K)  # metadata comes by four stages
+    shape, clusters = schedule.share_out(tokens, columns, stages, clusters)
+    a_columns, run = DEFINES[name]["A_COLUMNS"], DEFINES[name]["RUN"]
+    a_size = depth * a_columns // K, tokens
+    a_maps = [_TensorMap(dtype, a_size, (1,), (a_columns, 64 * height)) for height in (3, shape.lower_height)]
     # In the order of tiles.cuh: of every RUN rows, row RUN / 4 * q + 2 a + b comes to lie at 8 a + 2 q + b.
-    run = _RUN[name]
-    weight_box = 64, 2, 4, run // 8, TILE_COLUMNS // CLUSTER // run
+    weight_box = K, 2, 4, run // 8, TILE_COLUMNS // CLUSTER // run
     weight_map = _TensorMap(dtype, (depth, 2, 4, run // 8, columns // run), (1, run // 4, 2, run), weight_box)
     arguments = (*(each.words for each in (*a_maps, weight_map)), *[POINTER] * 3, shape)
     launch = _Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
@@ -242,12 +244,12 @@ def _matmul_kernel(name: str, dtype: torch.dtype, index: int) -> tuple[Any, int]
 
 
 def matmul_defines(name: str, dtype: torch.dtype) -> dict[str, int | str]:
-    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, "STAGES": STAGES[name]}
+    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, **DEFINES[name]}
 
 
 def _shared_bytes(name: str) -> int:
-    stage = 2 * (TILE_ROWS * _A_COLUMNS[name] + TILE_COLUMNS * 64)
-    return STAGES[name] * stage + 1024  # to align the first one
+    stage = 2 * (TILE_ROWS * DEFINES[name]["A_COLUMNS"] + TILE_COLUMNS * K)
+    return DEFINES[name]["STAGES"] * stage + 1024  # to align the first one
 
 
 def _function(kernel: Any, index: int) -> Any:

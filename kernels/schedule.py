@@ -1,59 +1,78 @@
 """How the tiles of a matmul (``tiles.cuh``) are shared out among the blocks of a launch. Needs no GPU.
 
-Tiles come in the order of their rows; all clusters take one each, in rounds, and walk along K together. Tiles are not
-cut along K: sums in parts cost more than clusters that end early (``docs/kernels.md``). So the rows are made of heights
-whose rounds come out even.
+Whole tiles come first, in rounds in which all clusters walk along K together; then lower ones, of fewer rows. Tiles are
+not cut along K: sums in parts cost more than clusters that end early (``docs/kernels.md``). So the rows are made of
+heights with which all clusters end at about the same time.
 """
 
 import ctypes
+import functools
 from collections.abc import Iterator
 
 TILE_ROWS, TILE_COLUMNS = 192, 256
 CLUSTER = 2  # blocks that share the columns of a tile
 COSTS = {1: 15, 2: 23, 3: 32}  # work of a tile by 64 rows of a block: its columns are brought in and read in any case
-BANDS = (8, 11)  # row clusters that are walked column by column: of 4 to 22 the best, by 3 % (H200)
+BANDS = (8, 11)  # clusters' row tiles that are walked column by column: 4 to 22 are within 3 % (H200)
+
+Rows = tuple[int, int, int]  # whole row tiles and lower ones, by the cluster, and how many times 64 rows these have
 
 
 class Shape(ctypes.Structure):
-    """``Shape`` in ``tiles.cuh``."""
+    """``Shape`` in ``schedule.cuh``."""
 
     _fields_ = [
         (name, ctypes.c_int)
         for name in (
-            "tokens",
-            "columns",
-            "groups",
-            "row_clusters",
-            "lower_clusters",
-            "lower_height",
-            "column_tiles",
-            "band",
+            *("tokens", "columns", "stages", "whole", "lower", "lower_height", "column_tiles", "band"),
+            *("rounds", "late", "early"),
         )
     ]
 
 
-def share_out(tokens: int, columns: int, depth: int, clusters: int) -> tuple[Shape, int]:
-    """``[tokens, depth] @ [columns, depth].T`` for up to ``clusters`` clusters; and for how many.
+@functools.lru_cache(maxsize=1024)
+def share_out(tokens: int, columns: int, stages: int, clusters: int) -> tuple[Shape, int]:
+    """``[tokens, K] @ [columns, K].T``, K in so many stages, for up to ``clusters`` clusters; and for how many.
 
     These are as few as take no longer: power is short, and 64 in step are no slower than 66.
     """
     column_tiles = -(-columns // TILE_COLUMNS)
-
-    def cost(whole: int, lower: int, height: int, clusters: int) -> int:
-        """Of the first cluster, which has the most: a tile in each round, whole ones first."""
-        rounds, first = (-(-tiles * column_tiles // clusters) for tiles in (whole + lower, whole))
-        return COSTS[3] * first + COSTS[height] * (rounds - first)
-
-    ways = [(*rows, some) for rows in _heights(-(-tokens // (64 * CLUSTER))) for some in range(1, clusters + 1)]
-    *rows, clusters = min(ways, key=lambda way: (cost(*way), way[-1], -way[0]))
+    ways = list(_ways(-(-tokens // (64 * CLUSTER)), 3 * -(-clusters // column_tiles)))
+    least = min(_longest(rows, column_tiles, clusters) for rows in ways)
+    best = [
+        (fewer, rows)
+        for rows in ways
+        if _longest(rows, column_tiles, clusters) == least
+        for fewer in range(1, clusters + 1)
+        if _longest(rows, column_tiles, fewer) == least
+    ]
+    clusters, (whole, lower, height) = min(best, key=lambda way: (way[0], -way[1][0]))
     band = min(BANDS, key=lambda band: -clusters % band)
-    return Shape(tokens, columns, -(-depth // 256), *rows, column_tiles, band), clusters
+    rounds, late = divmod(whole * column_tiles, clusters)
+    early = _early(height, late)
+    return Shape(tokens, columns, stages, whole, lower, height, column_tiles, band, rounds, late, early), clusters
 
 
-def _heights(units: int) -> Iterator[tuple[int, int, int]]:
-    """Ways to make that many times 64 rows of a block: clusters of three, of fewer, and of how many."""
-    for whole in range(units // 3 + 1):
-        for height in (1, 2):
+def _ways(units: int, most: int) -> Iterator[Rows]:
+    """Ways to make ``units`` times 64 rows of a block, with up to about ``most`` lower row tiles."""
+    for height in (1, 2):
+        for whole in range(max(0, units - most * height) // 3, units // 3 + 1):
             lower, more = divmod(units - 3 * whole, height)
             if not more:
                 yield whole, lower, height
+
+
+def _early(height: int, late: int) -> int:
+    """Lower tiles that take no longer than a whole one, if some clusters have one whole tile more than the others."""
+    return COSTS[3] // COSTS[height] if late else 0
+
+
+def _longest(rows: Rows, column_tiles: int, clusters: int) -> int:
+    """The work of the cluster that has the most."""
+    whole, lower, height = rows
+    rounds, late = divmod(whole * column_tiles, clusters)
+    early = _early(height, late)
+    left = max(0, lower * column_tiles - early * (clusters - late))
+    of_late = COSTS[3] * (rounds + 1) + COSTS[height] * -(-left // clusters) if late else 0
+    meanwhile = min(early, -(-lower * column_tiles // (clusters - late)))
+    of_others = COSTS[3] * rounds + COSTS[height] * (meanwhile - (-max(0, left - late) // clusters))
+    return max(of_late, of_others)

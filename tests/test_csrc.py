@@ -72,7 +72,7 @@ def test_matmuls(name, product, count, dtype, tmp_path):
     assert not [line for line in sass[products[0] : products[-1]] if re.search("CCTL|MEMBAR|ERRBAR", line)]
 
 
-@pytest.mark.parametrize("name", cuda.STAGES)
+@pytest.mark.parametrize("name", cuda.DEFINES)
 def test_threads_exchange_nothing(name, tmp_path):
     """The order in which the weight is brought in leaves each thread what it has to store."""
     sass = instructions(compile.cubin(name, cuda.matmul_defines(name, torch.bfloat16)), tmp_path)
@@ -99,7 +99,7 @@ def test_metadata_is_not_overwritten_while_it_is_read(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
-@pytest.mark.parametrize("name", cuda.STAGES)
+@pytest.mark.parametrize("name", cuda.DEFINES)
 def test_a_block_of_three_consumers_fits(name, dtype, tmp_path):
     """It is launched with 128 registers a thread; what its parts take later adds up to what a multiprocessor has."""
     start = cuda.MATMUL_STARTS_WITH

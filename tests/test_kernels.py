@@ -104,7 +104,8 @@ def check_matmul(tokens, model_dim, hidden_dim, dtype=torch.bfloat16, bias=True)
     dense = reference.unpack(packed, metadata)
     exact = F.linear(dense.double(), weight.double(), None if offset is None else offset.double())
     errors = [(out.double() - exact).norm() for out in (got, F.linear(dense, weight, offset))]
-    assert got.shape == (tokens, model_dim) and errors[0] <= 1.02 * errors[1]
+    assert got.shape == (tokens, model_dim)
+    assert errors[0] <= 1.02 * errors[1]  # both are rounding of the result; sums in another order round other ones up
     if got.numel():
         worst = [(out.double() - exact).abs().max() for out in (got, F.linear(dense, weight, offset))]
         assert worst[0] <= 2 * worst[1]
@@ -247,8 +248,8 @@ def made_of(rows, monkeypatch, clusters=66):
     """Tokens for which the tiles are of these rows, done by so many clusters at most."""
     whole, lower, height = rows
     share_out = schedule.share_out
-    monkeypatch.setattr(schedule, "_heights", lambda units: [rows])
-    monkeypatch.setattr(schedule, "share_out", lambda *size: share_out(*size[:3], min(clusters, size[3])))
+    monkeypatch.setattr(schedule, "_ways", lambda units, most: [rows])
+    monkeypatch.setattr(schedule, "share_out", lambda *size: share_out.__wrapped__(*size[:3], min(clusters, size[3])))
     monkeypatch.setattr(cuda, "_plans", cuda._Plans())
     return (3 * whole + height * lower) * 64 * schedule.CLUSTER - 5
 
@@ -271,10 +272,13 @@ def test_thousands_of_launches(rows, monkeypatch):
     x, up, down = random(tokens, 512), random(1024, 512) / 512**0.5, random(1024, 1024) / 32
     first = cuda.linear_relu2_sparsify(x, up)
     second = cuda.sparse_mm(*first, down)
+    wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     for _ in range(3000):
         again = cuda.linear_relu2_sparsify(x, up)
         out = cuda.sparse_mm(*again, down)
-    assert all(torch.equal(*pair) for pair in zip((*again, out), (*first, second)))
+        for got, want in zip((*again, out), (*first, second)):
+            wrong += (got != want).any()
+    assert not wrong
 
 
 def test_threads_that_follow_each_other():

@@ -1,6 +1,8 @@
 """What reaches the driver, on a machine that has none: a stand-in reads the launches of ``kernels.cuda``."""
 
 import ctypes
+import itertools
+import math
 import threading
 
 import pytest
@@ -19,7 +21,7 @@ class Driver:
     """Notes what is launched. A tensor map's first word is its pointer here."""
 
     def __init__(self):
-        self.launches = 0
+        self.launches, self.maps = 0, []
 
     def __getattr__(self, name):
         return getattr(driver, name)
@@ -31,7 +33,9 @@ class Driver:
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
         return SUCCESS
 
-    def cuTensorMapEncodeTiled(self, *_):
+    def cuTensorMapEncodeTiled(self, dtype, rank, address, sizes, strides, box, *_):
+        self.maps.append([[int(number) for number in numbers] for numbers in (sizes, strides, box)])
+        assert rank == len(sizes) == len(strides) + 1 == len(box)
         return *SUCCESS, driver.CUtensorMap()
 
     def cuTensorMapReplaceAddress(self, tensor_map, pointer):
@@ -77,7 +81,7 @@ def test_sparse_mm(tokens, launched):
 
 
 def check_work(launched, tokens):
-    shape, clusters = schedule.share_out(tokens, 256, 512, 66)
+    shape, clusters = schedule.share_out(tokens, 256, 8, 66)
     assert bytes(schedule.Shape.from_address(launched.arguments[6])) == bytes(shape)
     assert launched.blocks == schedule.CLUSTER * clusters
 
@@ -92,6 +96,31 @@ def test_linear_relu2_sparsify(tokens, launched):
         assert launched.words[:4] == [*[x.data_ptr()] * 2, weight.data_ptr(), 0 if bias is None else bias.data_ptr()]
         assert launched.words[4:6] == [packed.data_ptr(), metadata.data_ptr()]
         check_work(launched, tokens)
+
+
+@pytest.mark.parametrize("name", cuda.DEFINES)
+def test_what_is_brought_in(name, launched):
+    """A's rows for whole tiles and for lower ones; B's so that a thread gets neighbouring columns, see tiles.cuh."""
+    tokens, columns, depth = 1168, 4608, 576  # 54 tiles of 192 rows, then 18 of 64
+    operand, weight = torch.randn(tokens, depth).to(BF16), torch.randn(columns, depth).to(BF16)
+    if name == "sparse_mm":
+        cuda.sparse_mm(*reference.relu2_sparsify(operand), weight)
+    else:
+        cuda.linear_relu2_sparsify(operand, weight)
+    shape = schedule.Shape.from_address(launched.arguments[6])
+    assert (shape.whole, shape.lower, shape.lower_height) == (3, 1, 1)
+    assert shape.stages == (12 if name == "sparse_mm" else 9)
+    a_columns, run = cuda.DEFINES[name]["A_COLUMNS"], cuda.DEFINES[name]["RUN"]
+    width = depth * a_columns // 64
+    *whole_and_lower, (sizes, strides, box) = launched.maps
+    assert whole_and_lower == [[[width, tokens], [2 * width], [a_columns, 64 * height]] for height in (3, 1)]
+    assert sizes[0] == depth and math.prod(sizes[1:]) == columns and box[0] == 64
+    assert math.prod(box[1:]) == schedule.TILE_COLUMNS // schedule.CLUSTER
+    places = itertools.product(*(range(length) for length in reversed(box[1:])))  # as they lie in shared memory
+    rows = [sum(at * stride for at, stride in zip(reversed(place), strides)) / (2 * depth) for place in places]
+    for a, q, b in itertools.product(range(16), range(4), range(2)):  # of all columns 8 a + 2 q + b thread q gets
+        s, a_of_run = divmod(a, run // 8)
+        assert rows[8 * a + 2 * q + b] == run * s + run // 4 * q + 2 * a_of_run + b
 
 
 def test_each_thread_has_its_own_arguments(launched):

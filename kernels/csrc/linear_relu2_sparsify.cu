@@ -3,16 +3,11 @@
 //
 // A thread's results (see tiles.cuh) are whole groups of four in 16 columns of two rows, whose kept values fill 16 bytes and
 // whose codes are just what it has to store as metadata.
-//
-// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES.
 
 #include "keep.cuh"
 #include "tiles.cuh"
 
 struct LinearRelu2Sparsify {
-  static constexpr int A_BYTES = TILE_M * K * 2;
-  static constexpr int RUN = 64;  // sixteen columns a thread: as many as it stores metadata of
-
   const TensorMap &a_map, &lower_map, &b_map;
   const u16* bias;
   u16* packed;
@@ -21,8 +16,8 @@ struct LinearRelu2Sparsify {
 
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
 #pragma unroll 1
-    for (int i = 0; i < 4 * shape.groups; ++i) {
-      const u32 stage = ring.stages + ring.at * (A_BYTES + B_BYTES);
+    for (int i = 0; i < shape.stages; ++i) {
+      const u32 stage = ring.stages + ring.at * STAGE_BYTES;
       const u64 a = matrix_descriptor<128>(stage + thread_index() / 128 * (64 * K * 2)), b = matrix_descriptor<128>(stage + A_BYTES);
       ring.wait();
       wgmma_fence();
@@ -38,7 +33,7 @@ struct LinearRelu2Sparsify {
   }
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
-    const Place place = place_of<RUN>(tile);
+    const Place place = place_of(tile);
     const int row = place.row, block = row / 16;
     u16* line = packed + (i64)row * (shape.columns / 2) + place.column / 2;
     u32 codes[4];

@@ -1,13 +1,8 @@
 // out[T, D] = unpack(packed[T, H/2], metadata) @ weight[D, H]^T + bias[D], 16-bit floats, fp32 accumulation. See tiles.cuh.
-//
-// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES.
 
 #include "tiles.cuh"
 
 struct SparseMM {
-  static constexpr int A_BYTES = TILE_M * K;  // half of A's columns stored, two bytes each
-  static constexpr int RUN = 32;  // eight columns a thread: two fill a sector of memory
-
   const TensorMap &a_map, &lower_map, &b_map;
   const uint4* metadata;
   const u16* bias;
@@ -17,15 +12,15 @@ struct SparseMM {
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
     // A warp's block of metadata, 16 rows by a group; beyond the last row the last one: what comes of it is not stored.
     const int block = min(tile.row / 16 + (int)thread_index() / 32, (shape.tokens - 1) / 16);
-    u32 at = block * shape.groups * 32 + thread_index() % 32;  // 32 bits count 64 GB
+    u32 at = (u32)block * (shape.stages / 4) * 32 + thread_index() % 32;  // 32 bits count 64 GB
     uint4 next = load_metadata(metadata + at);
-    for (int left = shape.groups; left > 0; --left) {
+    for (int left = shape.stages / 4; left > 0; --left) {
       const u32 codes[4] = {next.x, next.y, next.z, next.w};
       if (left > 1) at += 32;
       next = load_metadata(metadata + at);
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        const u32 stage = ring.stages + ring.at * (A_BYTES + B_BYTES);
+        const u32 stage = ring.stages + ring.at * STAGE_BYTES;
         const u64 a = matrix_descriptor<64>(stage + thread_index() / 128 * (64 * K)), b = matrix_descriptor<128>(stage + A_BYTES);
         ring.wait();
         wgmma_fence();
@@ -45,7 +40,7 @@ struct SparseMM {
   }
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
-    const Place place = place_of<RUN>(tile);
+    const Place place = place_of(tile);
     u16* line = out + (i64)place.row * shape.columns + place.column;
 #pragma unroll
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns

@@ -4,8 +4,9 @@
 // keeps bringing in the next stages of 64 columns of K. CLUSTER blocks hold neighbouring rows and each brings in a part of
 // B's tile for all of them. Below the whole tiles there are ones of 64 or 128 rows, of which one or two warpgroups work.
 //
-// Blocks are persistent: of as many clusters as there are, each takes every so many-th tile. schedule.py chooses the heights and
-// the number of clusters, so that all end together.
+// Blocks are persistent. schedule.py chooses the heights and the number of clusters, so that all end at about the same time.
+//
+// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES of the ring, RUN (below), A_COLUMNS as stored, a stage.
 //
 // wgmma leaves columns 8a + 2q and 8a + 2q + 1 with thread q of a quad. B's rows are brought in in another order, which costs
 // nothing, the copy engine taking them as an array of five dimensions: of every RUN, 32 or 64, row RUN / 4 q + 2a + b comes to
@@ -15,39 +16,15 @@
 #pragma once
 
 #include "ptx.cuh"
+#include "schedule.cuh"
 
-constexpr int WARPGROUPS = 3;
 constexpr int K = 64;  // columns a stage, not counting that A may be stored 2:4
-constexpr int TILE_N = 256;
-constexpr int TILE_M = 64 * WARPGROUPS;
-constexpr int B_BYTES = TILE_N * K * 2;
+constexpr int A_BYTES = TILE_M * A_COLUMNS * 2, B_BYTES = TILE_N * K * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
-
-struct Shape {
-  int tokens, columns;  // of the result
-  int groups;           // of four stages that a tile takes: the K axis over 256, rounded up (zeros beyond its end)
-  int row_clusters;     // clusters of whole row tiles
-  int lower_clusters, lower_height;  // and, below them, of tiles in which fewer warpgroups work, which come last
-  int column_tiles;     // tiles of TILE_N columns
-  int band;             // row clusters that are walked column by column, so that what is read again is still in L2
-};
-
-struct Tile {
-  int row, column, height;
-};
 
 // The tile at `position` among those of this cluster; false beyond the last.
 __device__ __forceinline__ bool tile_at(const Shape& shape, int position, Tile& tile) {
-  const int index = position * (gridDim.x / CLUSTER) + blockIdx.x / CLUSTER, whole = shape.row_clusters * shape.column_tiles;
-  const bool lower = index >= whole;
-  const int inside = lower ? index - whole : index, clusters = lower ? shape.lower_clusters : shape.row_clusters;
-  const int band = inside / (shape.band * shape.column_tiles), at = inside - band * shape.band * shape.column_tiles;
-  const int walked = min(shape.band, clusters - band * shape.band);
-  const int row_tile = (band * shape.band + at % walked) * CLUSTER + (int)cluster_rank();
-  tile.height = lower ? shape.lower_height : WARPGROUPS;
-  tile.row = (lower ? shape.row_clusters * CLUSTER * TILE_M : 0) + row_tile * 64 * tile.height;
-  tile.column = at / walked * TILE_N;
-  return inside < clusters * shape.column_tiles;
+  return tile_at(shape, position, gridDim.x / CLUSTER, blockIdx.x / CLUSTER, cluster_rank(), tile);
 }
 
 // A place in the ring of stages, each with a barrier that says that it is full and one that says that it is empty.
@@ -79,7 +56,6 @@ struct Ring {
 #define MATMUL extern "C" __global__ void __maxnreg__(CONSUMER_REGISTERS) __cluster_dims__(CLUSTER, 1, 1)
 
 // This block's part of B's tile, into all blocks of the cluster.
-template <int RUN>
 __device__ __forceinline__ void bring_b(u32 b, const TensorMap& map, u32 ready, int k, const Tile& tile, u32 rank) {
   const int column = tile.column + rank * (TILE_N / CLUSTER);
   copy_box_to((1 << CLUSTER) - 1, b + rank * (B_BYTES / CLUSTER), map, k * K, 0, 0, 0, column / RUN, ready);
@@ -90,22 +66,19 @@ struct Place {
   int row, column;
 };
 
-template <int RUN>
 __device__ __forceinline__ Place place_of(const Tile& tile) {
   const u32 thread = thread_index();
   return {tile.row + (int)(thread / 32 * 16 + thread % 32 / 4), tile.column + (int)(thread % 4 * (RUN / 4))};
 }
 
-// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`; RUN; `A_BYTES`, of a whole tile in a stage;
+// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`;
 // `multiply(d, ring, tile)`, which waits for each stage of a tile, releases it when it has been read, and ends when the products
 // are in d; and `store(d, tile)`.
 template <class Kernel>
 __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
-  constexpr int A_COLUMNS = Kernel::A_BYTES / TILE_M / 2;
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   Ring ring = {launder(shared_address(shared)), shared_address(barriers), 0, 0};  // kept, not found again and again
-  const int stages = 4 * shape.groups;
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
@@ -122,12 +95,12 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
     if (threadIdx.x == WARPGROUPS * 128) {
       for (int position = 0; tile_at(shape, position, tile); ++position) {
         const TensorMap& a_map = tile.height == WARPGROUPS ? kernel.a_map : kernel.lower_map;
-        for (int k = 0; k < stages; ++k) {
-          const u32 a = ring.stages + ring.at * (Kernel::A_BYTES + B_BYTES), b = a + Kernel::A_BYTES;
+        for (int k = 0; k < shape.stages; ++k) {
+          const u32 a = ring.stages + ring.at * STAGE_BYTES, b = a + A_BYTES;
           barrier_wait(ring.empty(), ring.phase ^ 1);  // the first round finds all empty
-          barrier_expect_bytes(ring.full(), Kernel::A_BYTES / WARPGROUPS * tile.height + B_BYTES);
+          barrier_expect_bytes(ring.full(), A_BYTES / WARPGROUPS * tile.height + B_BYTES);
           copy_box(a, a_map, k * A_COLUMNS, tile.row, ring.full());
-          bring_b<Kernel::RUN>(b, kernel.b_map, ring.full(), k, tile, cluster_rank());
+          bring_b(b, kernel.b_map, ring.full(), k, tile, cluster_rank());
           ring.next();
         }
       }
@@ -136,7 +109,7 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
     registers_take<CONSUMER_REGISTERS>();
     for (int position = 0; tile_at(shape, position, tile); ++position) {
       if ((int)thread_index() / 128 >= tile.height) {  // nothing to do but to keep pace
-        for (int left = stages; left > 0; --left) {
+        for (int left = shape.stages; left > 0; --left) {
           // All four warps have seen the stage before it may be filled again: one that looks a whole ring too late would wait
           // for ever. Where they multiply, wgmma keeps them together.
           ring.wait();
