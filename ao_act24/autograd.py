@@ -1,4 +1,4 @@
-"""The gradients of ``ops``: exact gradients of the pruned function, the mask being piecewise constant.
+"""The gradients of ``ops``: of the pruned function, the mask being piecewise constant; exact, but for one mode.
 
 With ``y = unpack(packed, metadata)`` and ``out = y W2.T + b2``::
 
@@ -11,11 +11,24 @@ form keeps four. Taking ``sqrt(packed)`` loses nothing in bf16 and fp32 (squarin
 than the root brings back), as long as the square neither overflows nor underflows; in fp16 it underflows gradually
 below ``relu(h) = 2**-7``, where the gradient's factor is off by up to ``2**-12``.
 
+``relu2_ffn`` spans both matmuls, so that ``d h`` stays packed::
+
+    d x      = unpack(d h, metadata) W1                   sparse_mm
+    d W1     = unpack(d h, metadata).T x
+    d W2.T   = y.T dout
+
+With ``feature_wise`` the last two run in 2:4 along tokens, and are approximate: of every four tokens each feature keeps
+the two largest entries of ``d h`` and of ``y``. Neighbouring tokens fire the same features, so groups are made of
+tokens a quarter of the batch apart; and the features that fire most, of which most would be lost, are done dense. Only
+gradients of weights look across tokens: what a token sees in the forward pass, and sends back, depends on no later one.
+Method: arXiv 2503.16672.
+
 An entry that was kept although ``relu(h)`` is zero (a group with fewer than two positive entries) multiplies its
 gradient by zero. So a NaN or an infinity in ``dout`` reaches ``d h`` there as NaN, where dense ReLU would drop it; it
 reaches no entry that was not kept.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +38,7 @@ from ao_act24 import ops
 
 
 def _matmul_weight_grad(grad: Tensor, dense: Tensor) -> Tensor:
-    """``grad.T @ dense`` over all tokens: ``[..., D]`` and ``[..., H]`` to ``[D, H]``."""
+    """``grad.T @ dense`` over all tokens: ``[..., A]`` and ``[..., B]`` to ``[A, B]``."""
     return grad.reshape(-1, grad.shape[-1]).t() @ dense.reshape(-1, dense.shape[-1])
 
 
@@ -41,10 +54,14 @@ def _relu2_sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:
 
 def _grad_hidden(grad_packed: Tensor, packed: Tensor, metadata: Tensor) -> Tensor:
     if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "ao_act24::relu2_sparsify has no second derivative: create_graph=True is not supported through it"
-        )
+        raise _second_derivative("relu2_sparsify")
     return ops.unpack(grad_packed * (packed.sqrt() * 2), metadata)
+
+
+def _second_derivative(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"ao_act24::{name} has no second derivative: create_graph=True is not supported through it"
+    )
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -62,6 +79,51 @@ def _linear_relu2_sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> t
         _matmul_weight_grad(grad, x) if need_weight else None,
         grad.sum_to_size(grad.shape[-1:]) if need_bias else None,
     )
+
+
+DENSE_SHARE = 0.05  # of the features, the densest ones
+PERMUTED = True  # groups of tokens that are far apart
+
+
+def _save_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, up, _, down, _, ctx.feature_wise = inputs
+    _, packed, metadata = output
+    ctx.save_for_backward(x, up, down, packed, metadata)
+    ctx.mark_non_differentiable(packed, metadata)
+
+
+def _relu2_ffn_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise _second_derivative("relu2_ffn")
+    x, up, down, packed, metadata = ctx.saved_tensors
+    need_x, need_up, need_up_bias, need_down, need_down_bias, _ = ctx.needs_input_grad
+    hidden = ops.grad_hidden(grad, down, packed, metadata) if need_x or need_up or need_up_bias else None
+    if ctx.feature_wise:
+        grad_up = _feature_wise_grad(hidden, metadata, x) if need_up else None
+        grad_down = _feature_wise_grad(packed, metadata, grad).t() if need_down else None
+    else:
+        grad_up = _matmul_weight_grad(ops.unpack(hidden, metadata), x) if need_up else None
+        grad_down = _matmul_weight_grad(grad, ops.unpack(packed, metadata)) if need_down else None
+    return (
+        ops.sparse_mm(hidden, metadata, up.t()) if need_x else None,
+        grad_up,
+        ops.unpack(hidden, metadata).sum_to_size(up.shape[:1]) if need_up_bias else None,
+        grad_down,
+        grad.sum_to_size(grad.shape[-1:]) if need_down_bias else None,
+        None,
+    )
+
+
+def _feature_wise_grad(packed: Tensor, metadata: Tensor, dense: Tensor) -> Tensor:
+    """``unpack(packed, metadata).T @ dense``, in 2:4 along tokens but for the densest features: ``[H, D]``."""
+    dense = dense.reshape(-1, dense.shape[-1])
+    wise, codes, counts, left = ops.feature_wise(packed, metadata, PERMUTED)
+    grad = ops.feature_wise_mm(wise, codes, dense, PERMUTED)
+    if dense.shape[0] % 4:
+        grad = grad.addmm(left.t(), dense[-left.shape[0] :])
+    densest = counts.topk(math.ceil(DENSE_SHARE * counts.shape[0])).indices
+    exact = ops.columns(packed, metadata, densest)
+    return grad.index_copy(0, densest, _matmul_weight_grad(exact, dense))
 
 
 def _sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:
@@ -113,5 +175,6 @@ for _name, _backward, _setup in (
     ("unpack", _unpack_backward, _save_metadata),
     ("sparse_mm", _sparse_mm_backward, _save_inputs),
     ("sampled_mm", _sampled_mm_backward, _save_inputs),
+    ("relu2_ffn", _relu2_ffn_backward, _save_ffn),
 ):
     torch.library.register_autograd(f"ao_act24::{_name}", _backward, setup_context=_setup)

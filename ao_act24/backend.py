@@ -33,7 +33,7 @@ class Act24Pass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         rewrite_graph(graph, self.config)
-        fuse(graph)
+        fuse(graph, self.config)
         gm = graph.owning_module
         if gm is not None and hasattr(gm, "compile_subgraph_reason"):  # Dynamo's own; bodies that it calls came before
             notice.watch(gm, self.config)

@@ -1,6 +1,7 @@
 """The one set of options, taken by every way in."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 def checked(config: object) -> "Act24Config":
@@ -20,10 +21,16 @@ class Act24Config:
         emulate: run 2:4 also where it has no fast kernel (through the reference implementation, which computes what a
             kernel would), where it is slower than dense, and in training: for studying accuracy, not for speed. The
             CPU always runs the reference.
+        weight_grads: how training computes the gradients of both weights. "dense": exactly. "sparse": in 2:4 along
+            tokens but for the features that fire most, which is approximate (``ao_act24.autograd`` says how). Takes
+            effect under ``torch.compile``; a site that cannot be done in one operator stays exact.
     """
 
     emulate: bool = False
+    weight_grads: Literal["dense", "sparse"] = "dense"
 
     def __post_init__(self) -> None:
         if not isinstance(self.emulate, bool):
             raise TypeError(f"emulate must be True or False, got {self.emulate!r}")
+        if self.weight_grads not in ("dense", "sparse"):
+            raise ValueError(f'weight_grads must be "dense" or "sparse", got {self.weight_grads!r}')

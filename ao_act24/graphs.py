@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from ao_act24.capture import run_captured
 from ao_act24.config import Act24Config, checked
-from ao_act24.passes import graph_modules, rewrite_graph
+from ao_act24.passes import fuse, graph_modules, rewrite_graph
 from ao_act24.passes.show import format_graph, input_name
 
 
@@ -80,6 +80,7 @@ def capture_graphs(
         before.append(format_graph(gm, "before"))
         for module in graph_modules(gm):
             rewrite_graph(module.graph, checked(config))
+            fuse(module.graph, checked(config))
             module.recompile()
         after.append(format_graph(gm, "after"))
 

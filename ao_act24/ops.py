@@ -8,12 +8,21 @@
     sparse_mm(packed, metadata, weight, bias)     -> out                   unpack(packed, metadata) @ weight.T + bias
     sampled_mm(grad, weight, metadata)            -> packed                gather(grad @ weight, metadata)
 
+for training both matmuls in one, and what its gradient is made of, without gradients of their own::
+
+    relu2_ffn(x, up, up_bias, down, down_bias, feature_wise)   -> out, packed, metadata
+    grad_hidden(grad, down, packed, metadata)           -> packed           by h: mask * (grad @ down) * 2 relu(h)
+    feature_wise(packed, metadata, permuted)            -> packed, metadata, counts, left     2:4 along tokens instead
+    feature_wise_mm(packed, metadata, dense, permuted)  -> grad             unpacked.T @ dense of such
+    columns(packed, metadata, index)                    -> dense            unpack(packed, metadata)[..., index]
+
 ``[..., H]`` dense tensors have H divisible by 4; leading dimensions are tokens; ``packed`` is ``[..., H / 2]``,
-``weight`` ``[D, H]`` (``[H, D]`` where ``x`` is ``[..., D]``), ``out`` and ``grad`` ``[..., D]``; ``metadata`` is
-described in ``kernels.layout``. All are functional, take bfloat16, float16, float32 and float64 and any strides, and
-raise ``TypeError`` or ``ValueError`` naming the argument that is wrong.
+``weight`` and ``down`` ``[D, H]`` (``[H, D]`` where ``x`` is ``[..., D]``, as ``up``), ``out`` and ``grad``
+``[..., D]``; ``metadata`` is described in ``kernels.layout``. All are functional, take bfloat16, float16, float32 and
+float64 and any strides, and raise ``TypeError`` or ``ValueError`` naming the argument that is wrong.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -258,6 +267,108 @@ _define(
 )
 
 
+def _check_ffn(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, feature_wise: bool
+) -> None:
+    _check_linear(x, up, up_bias)
+    _check_weight(down, 1, up.shape[0], "up")
+    _same("down", down, "x", x)
+    _check_bias(down_bias, down, "x", x)
+
+
+def _plain_ffn(x, up, up_bias, down, down_bias, feature_wise):  # type: ignore[no-untyped-def]
+    return (
+        _plain_linear(x, up, up_bias)
+        and down.dim() == 2
+        and down.shape[1] == up.shape[0]
+        and down.dtype == x.dtype
+        and down.device == x.device
+        and _plain_bias(down_bias, down)
+    )
+
+
+def _fast_ffn(x, up, up_bias, down, down_bias, feature_wise):  # type: ignore[no-untyped-def]
+    packed, metadata = cuda.linear_relu2_sparsify(x, up, up_bias)
+    return cuda.sparse_mm(packed, metadata, down, down_bias), packed, metadata
+
+
+def _fake_ffn(x, up, up_bias, down, down_bias, feature_wise):  # type: ignore[no-untyped-def]
+    out = x.new_empty((*x.shape[:-1], down.shape[0]))
+    return out, *_fake_pack(x.new_empty((*x.shape[:-1], up.shape[0])))
+
+
+def _check_grad_hidden(grad: Tensor, down: Tensor, packed: Tensor, metadata: Tensor) -> None:
+    _check_sampled_mm(grad, down, metadata)
+    _same("packed", packed, "grad", grad)
+    want = (*grad.shape[:-1], down.shape[1] // 2)
+    torch._check_value(packed.shape == want, lambda: f"packed must have shape {tuple(want)}, got {tuple(packed.shape)}")
+
+
+def _fake_feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, ...]:
+    tokens, hidden_dim = math.prod(packed.shape[:-1]), packed.shape[-1] * 2
+    codes = packed.new_empty(layout.metadata_shape((hidden_dim, tokens // 4 * 4)), dtype=torch.uint8)
+    counts = packed.new_empty(hidden_dim, dtype=torch.int32)
+    return packed.new_empty((tokens // 4 * 2, hidden_dim)), codes, counts, packed.new_empty((tokens % 4, hidden_dim))
+
+
+def _check_feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, permuted: bool) -> None:
+    _floating("packed", packed)
+    torch._check_value(
+        packed.dim() == 2 and packed.shape[0] % 2 == 0,
+        lambda: f"packed must be [tokens // 4 * 2, H], got shape {tuple(packed.shape)}",
+    )
+    _check_metadata(metadata, packed.shape[1:], packed.shape[0] * 2, packed.device)
+    _same("dense", dense, "packed", packed)
+    torch._check_value(
+        dense.dim() == 2 and dense.shape[0] // 4 * 2 == packed.shape[0],
+        lambda: f"dense must be [tokens, D] with the tokens of packed, {tuple(packed.shape)}, got {tuple(dense.shape)}",
+    )
+
+
+def _check_columns(packed: Tensor, metadata: Tensor, index: Tensor) -> None:
+    _check_packed(packed, metadata)
+    torch._check_type(index.dtype == torch.int64, lambda: f"index must have dtype int64, got {index.dtype}")
+    torch._check_value(
+        index.dim() == 1 and index.device == packed.device,
+        lambda: f"index must be a vector on {packed.device}, got shape {tuple(index.shape)} on {index.device}",
+    )
+
+
+_define(
+    "relu2_ffn(Tensor x, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, bool feature_wise)"
+    " -> (Tensor out, Tensor packed, Tensor metadata)",
+    _check_ffn,
+    lambda x, up, up_bias, down, down_bias, feature_wise: reference.relu2_ffn(x, up, up_bias, down, down_bias),
+    _fake_ffn,
+    (_fast_ffn, _plain_ffn),
+)
+_define(
+    "grad_hidden(Tensor grad, Tensor down, Tensor packed, Tensor metadata) -> Tensor",
+    _check_grad_hidden,
+    reference.grad_hidden,
+    lambda grad, down, packed, metadata: torch.empty_like(packed, memory_format=torch.contiguous_format),
+)
+_define(
+    "feature_wise(Tensor packed, Tensor metadata, bool permuted)"
+    " -> (Tensor packed, Tensor metadata, Tensor counts, Tensor left)",
+    lambda packed, metadata, permuted: _check_packed(packed, metadata),
+    reference.feature_wise,
+    _fake_feature_wise,
+)
+_define(
+    "feature_wise_mm(Tensor packed, Tensor metadata, Tensor dense, bool permuted) -> Tensor",
+    _check_feature_wise_mm,
+    reference.feature_wise_mm,
+    lambda packed, metadata, dense, permuted: dense.new_empty((packed.shape[1], dense.shape[1])),
+)
+_define(
+    "columns(Tensor packed, Tensor metadata, Tensor index) -> Tensor",
+    _check_columns,
+    reference.columns,
+    lambda packed, metadata, index: packed.new_empty((*packed.shape[:-1], index.shape[0])),
+)
+
+
 def _define_autocast(name: str, device_type: str) -> None:
     """Under autocast a matmul runs in the autocast dtype, as F.linear does; the packing ops keep their input's."""
     key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
@@ -276,7 +387,7 @@ def _define_autocast(name: str, device_type: str) -> None:
     _lib.impl(name, autocast, f"Autocast{device_type.upper()}")
 
 
-for _name in ("linear_relu2_sparsify", "sparse_mm", "sampled_mm"):
+for _name in ("linear_relu2_sparsify", "sparse_mm", "sampled_mm", "relu2_ffn"):
     for _device_type in ("cpu", "cuda"):
         _define_autocast(_name, _device_type)
 
@@ -287,3 +398,8 @@ gather = torch.ops.ao_act24.gather
 unpack = torch.ops.ao_act24.unpack
 sparse_mm = torch.ops.ao_act24.sparse_mm
 sampled_mm = torch.ops.ao_act24.sampled_mm
+relu2_ffn = torch.ops.ao_act24.relu2_ffn
+grad_hidden = torch.ops.ao_act24.grad_hidden
+feature_wise = torch.ops.ao_act24.feature_wise
+feature_wise_mm = torch.ops.ao_act24.feature_wise_mm
+columns = torch.ops.ao_act24.columns

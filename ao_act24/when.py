@@ -40,10 +40,8 @@ def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, c
     return reason and f"{reason} (Act24Config(emulate=True) runs 2:4 all the same)"
 
 
-def why_not_fused(device, dtype, model_dim, hidden_dim, training) -> str:  # type: ignore[no-untyped-def]
+def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[no-untyped-def]
     """Why the first matmul does not pack its own result; empty if it does: faster at any size where 2:4 pays."""
-    if training:
-        return "the fused first matmul has no kernel for its backward yet"
     for name, size, factor in (("model_dim", model_dim, 8), ("hidden_dim", hidden_dim, 64)):
         if size % factor:
             return f"the fused first matmul takes {name} divisible by {factor}, got {size}"

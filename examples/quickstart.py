@@ -86,7 +86,9 @@ for step, (x, y) in enumerate(batches(train, STEPS + 1)):
 
 print("\n2. Look first: what would be rewritten, and one FFN's graph before and after")
 print(ao_act24.explain(model, test_x, config=config))
-graphs = ao_act24.capture_graphs(model.blocks[0].ffn, torch.randn(BATCH, CONTEXT, DIM, device=device), config=config)
+with torch.no_grad():  # in training it is one operator, relu2_ffn
+    x = torch.randn(BATCH, CONTEXT, DIM, device=device)
+    graphs = ao_act24.capture_graphs(model.blocks[0].ffn, x, config=config)
 print(graphs.before[0], graphs.after[0], sep="\n\n")
 
 print("\n3. Compile: one line, training and inference alike")

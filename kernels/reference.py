@@ -84,3 +84,59 @@ def sampled_mm(grad: Tensor, weight: Tensor, metadata: Tensor) -> Tensor:
     """``grad @ weight`` at the entries that ``metadata`` keeps: ``[..., D]`` and ``[D, H]`` to ``[..., H / 2]``."""
     wide = accumulation_dtype(grad.dtype)
     return gather(grad.to(wide) @ weight.to(wide), metadata).to(grad.dtype)
+
+
+def relu2_ffn(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two matmuls and the packing in between: ``out, packed, metadata``."""
+    packed, metadata = relu2_sparsify(torch.nn.functional.linear(x, up, up_bias))
+    return sparse_mm(packed, metadata, down, down_bias), packed, metadata
+
+
+def grad_hidden(grad: Tensor, weight: Tensor, packed: Tensor, metadata: Tensor) -> Tensor:
+    """The gradient by ``h`` at the entries that ``metadata`` keeps, all others being zero: ``[..., H / 2]``.
+
+    ``sampled_mm(grad, weight, metadata)``, rounded, times ``2 relu(h)``, rounded; ``relu(h) = sqrt(packed)``.
+    """
+    return sampled_mm(grad, weight, metadata) * (packed.sqrt() * 2)
+
+
+def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token-wise 2:4 to feature-wise: of every four tokens the two entries of largest magnitude, for each feature.
+
+    With Q = tokens // 4, group j is made of tokens ``j, j + Q, j + 2 Q, j + 3 Q``, which have little to do with each
+    other, or, not ``permuted``, of neighbours. Up to three tokens are left over.
+
+    Returns:
+        packed: ``[2 Q, H]``: rows 2 j and 2 j + 1 are what was kept of group j.
+        metadata: of ``[H, 4 Q]``, a row a feature: as in ``layout``.
+        counts: ``[H]``, int32: non-zeros of each feature, of all tokens, before.
+        left: ``[tokens % 4, H]``, dense: the last tokens.
+    """
+    dense = unpack(packed, metadata)
+    dense = dense.reshape(-1, dense.shape[-1])
+    whole = dense.shape[0] // 4 * 4
+    rows = _in_groups(dense[:whole], permuted).flatten(0, 1).t()
+    index = two_largest(rows)
+    counts = (dense != 0).sum(0, dtype=torch.int32)
+    return take(rows, index).t().contiguous(), layout.encode(index), counts, dense[whole:].clone()
+
+
+def _in_groups(tokens: Tensor, permuted: bool) -> Tensor:
+    """``[4 Q, ...]`` to ``[Q, 4, ...]``, see ``feature_wise``."""
+    quarter = tokens.shape[0] // 4
+    return tokens.unflatten(0, (4, quarter)).transpose(0, 1) if permuted else tokens.unflatten(0, (quarter, 4))
+
+
+def feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, permuted: bool) -> Tensor:
+    """``y.T @ dense`` of a ``feature_wise`` y and ``[tokens, D]``, without the tokens left over: ``[H, D]``."""
+    wide = accumulation_dtype(packed.dtype)
+    rows = unpack(packed.t(), metadata).to(wide)
+    groups = _in_groups(dense[: rows.shape[1]].to(wide), permuted)
+    return (rows @ groups.flatten(0, 1)).to(packed.dtype)
+
+
+def columns(packed: Tensor, metadata: Tensor, index: Tensor) -> Tensor:
+    """Columns ``index [K]`` of ``unpack(packed, metadata)``: ``[..., K]``."""
+    return unpack(packed, metadata).index_select(-1, index)

@@ -9,7 +9,7 @@ the reason in words, so that a report can say why a block stayed dense.
     out = linear(y, W2, b2)      or x @ W, mm, addmm
 """
 
-from collections.abc import Iterator
+import operator
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -23,6 +23,7 @@ from .vocabulary import (
     as_linear,
     is_our_op,
     mutates,
+    nodes_between,
     op_name,
     submodule,
     value,
@@ -84,6 +85,11 @@ def _is_part(graph: Graph) -> bool:
 
 
 def _already_rewritten(node: Node) -> Site | None:
+    ffn = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
+    if isinstance(ffn, Node) and is_our_op(ffn, "relu2_ffn"):
+        x, up_weight, up_bias, weight, bias, _ = ffn.args
+        up = Linear(ffn, x, up_weight, up_bias, False)
+        return Site("relu²", node, down=Linear(node, ffn, weight, bias, False), up=up, rewritten=True)
     if not is_our_op(node, "sparse_mm"):
         return None
     packed = argument(node, 0, "packed")
@@ -282,10 +288,10 @@ def _overwritten(relu2: Relu2, up: Linear, down: Linear) -> str:
     Whether two tensors share memory is not asked: whatever is made from the up projection's result counts.
     """
     made = {up.node}
-    for node in _between(up.node, down.node):
+    for node in nodes_between(up.node, down.node):
         if made & set(node.all_input_nodes):
             made.add(node)
-    for node in _between(min(relu2.inside), down.node):
+    for node in nodes_between(min(relu2.inside), down.node):
         if node not in relu2.inside and mutates(node) and made & set(node.all_input_nodes):
             return f"the pre-activation may be changed in place by {op_name(node)}: use the out-of-place form"
     if relu2.in_place:
@@ -301,7 +307,7 @@ def _overwritten(relu2: Relu2, up: Linear, down: Linear) -> str:
 def _grad_mode(relu2: Relu2, down: Linear) -> str:
     """The operators stand where ``down`` stood; the activation must not have been in another grad mode."""
     modes = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
-    if any(getattr(node.target, "__name__", "") in modes for node in _between(min(relu2.inside), down.node)):
+    if any(getattr(node.target, "__name__", "") in modes for node in nodes_between(min(relu2.inside), down.node)):
         return "a change of grad mode (torch.no_grad and the like) stands between ReLU² and the down projection"
     return ""
 
@@ -311,14 +317,6 @@ def _functional_transform(down: Linear) -> str:
     if any("increment_nesting" in getattr(node.target, "__name__", "") for node in down.node.graph.nodes):
         return "the graph uses a torch.func transform (grad, jvp, vmap), in which the 2:4 operators cannot take part"
     return ""
-
-
-def _between(first: Node, last: Node) -> Iterator[Node]:
-    """The nodes of a graph after ``first`` and before ``last``, in order."""
-    node = first.next
-    while node is not last and node.op != "output":
-        yield node
-        node = node.next
 
 
 def _dropout(relu2: Relu2) -> str:

@@ -6,7 +6,7 @@ tracing adds module calls. ``op_name`` maps all of them to one name (``F.relu``,
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +155,14 @@ _INPLACE = {
     "threshold": 3,
     "dropout": 3,
 }
+
+
+def nodes_between(first: Node, last: Node) -> Iterator[Node]:
+    """The nodes of a graph after ``first`` and before ``last``, in order."""
+    node = first.next
+    while node is not last and node.op != "output":
+        yield node
+        node = node.next
 
 
 def mutates(node: Node) -> bool:

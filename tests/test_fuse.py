@@ -25,7 +25,7 @@ def run(function, *inputs):
 
     def backend(gm, example_inputs):
         rewrite_graph(gm.graph, Act24Config())
-        fuse(gm.graph)
+        fuse(gm.graph, Act24Config())
         gm.graph.lint()
         gm.recompile()
         names = [getattr(node.target, "__name__", str(node.target)) for node in gm.graph.nodes]
@@ -35,7 +35,7 @@ def run(function, *inputs):
 
     torch._dynamo.reset()
     out = torch.compile(function, backend=backend, fullgraph=True)(*inputs)
-    return out, [name for name in seen if name in ("linear", "matmul", "addmm", *FUSED, *UNFUSED)]
+    return out, [name for name in seen if name in ("linear", "matmul", "addmm", "relu2_ffn", *FUSED, *UNFUSED)]
 
 
 def ffn(first, second=lambda y: F.linear(y, W2)):
@@ -69,9 +69,45 @@ def test_dynamic():
     assert names == FUSED and relative_error(out, want(B1)) < 1e-5
 
 
-def test_a_gradient_needs_both_steps():
+@pytest.mark.parametrize("first", [lambda x: F.linear(x, W1, B1), lambda x: x @ W1.t() + 0 * x.sum()])
+def test_training(first):
     x = X.clone().requires_grad_()
-    assert run(ffn(lambda x: F.linear(x, W1)), x)[1] == UNFUSED
+    out, names = run(ffn(lambda x: F.linear(x, W1, B1)), x)
+    assert names == ["relu2_ffn"] and relative_error(out, want(B1)) < 1e-5
+    (got,) = torch.autograd.grad(out.square().sum(), x)
+    (grad,) = torch.autograd.grad(F.linear(relu2_24(F.linear(x, W1, B1)), W2).square().sum(), x)
+    assert relative_error(got, grad) < 1e-5
+
+
+def test_training_under_autocast():
+    """fp32 weights are cast as autocast does it, and get fp32 gradients."""
+    up, down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out, names = run(ffn(up, down), X)
+    assert names == ["relu2_ffn"] and out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    got = [parameter.grad for parameter in (up.weight, up.bias, down.weight, down.bias)]
+    assert all(grad.dtype == torch.float32 for grad in got)
+    exact = [parameter.detach().double().requires_grad_() for parameter in (up.weight, up.bias, down.weight, down.bias)]
+    loss = F.linear(relu2_24(F.linear(X.double(), *exact[:2])), *exact[2:]).square().sum()
+    assert all(relative_error(g, w) < 0.05 for g, w in zip(got, torch.autograd.grad(loss, exact)))
+
+
+def in_training(between):
+    def function(x):
+        weight = W1.clone()
+        h = F.linear(x, weight)
+        other = between(h, x, weight)
+        return F.linear(F.relu(h).square(), W2), other
+
+    return run(function, X.clone().requires_grad_())[1]
+
+
+def test_training_with_other_uses():
+    assert in_training(lambda h, x, weight: h) == UNFUSED
+    assert in_training(lambda h, x, weight: weight.add_(1)) == UNFUSED, "weight is another one at the second matmul"
+    assert in_training(lambda h, x, weight: x + 1) == ["relu2_ffn"]
 
 
 def test_h_that_is_returned():

@@ -94,39 +94,31 @@ forward(
     arg0: f32[4, 16],
     down.weight: f32[16, 32],
 ):
-    t = aten.t(up.weight)                                          # f32[16, 32]
-    mm = aten.mm(arg0, t)                                          # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                 # f32[4, 16], u8[16, 32]
-    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight)  # f32[4, 16]
-    return (sparse_mm, arg0, down.weight, packed, metadata)""",
+    out, packed, metadata = ao_act24.relu2_ffn(arg0, up.weight, None, down.weight, None, False)  # f32[4, 16], f32[4, 16], u8[16, 32]
+    view = aten.view(arg0, [-1, 16])                                                             # f32[4, 16]
+    return (out, down.weight, packed, metadata, view)""",
         )
         self.assertExpectedInline(
             graphs.backward[0],
             """\
 backward(
-    arg0: f32[4, 16],
     down.weight: f32[16, 32],
     packed: f32[4, 16],
     metadata: u8[16, 32],
+    view: f32[4, 16],
     tangents_1: f32[4, 16],
 ):
-    sampled_mm = ao_act24.sampled_mm(tangents_1, down.weight, metadata)  # f32[4, 16]
-    unpack = ao_act24.unpack(packed, metadata)                           # f32[4, 32]
-    view = aten.view(tangents_1, [-1, 16])                               # f32[4, 16]
-    t = aten.t(view)                                                     # f32[16, 4]
-    view_1 = aten.view(unpack, [-1, 32])                                 # f32[4, 32]
-    mm = aten.mm(t, view_1)                                              # f32[16, 32]
-    detach = aten.detach(packed)                                         # f32[4, 16]
-    detach_1 = aten.detach(detach)                                       # f32[4, 16]
-    sqrt = aten.sqrt(detach_1)                                           # f32[4, 16]
-    mul = aten.mul(sqrt, 2)                                              # f32[4, 16]
-    mul_1 = aten.mul(sampled_mm, mul)                                    # f32[4, 16]
-    unpack_1 = ao_act24.unpack(mul_1, metadata)                          # f32[4, 32]
-    t_1 = aten.t(unpack_1)                                               # f32[32, 4]
-    mm_1 = aten.mm(t_1, arg0)                                            # f32[32, 16]
-    t_2 = aten.t(mm_1)                                                   # f32[16, 32]
-    t_3 = aten.t(t_2)                                                    # f32[32, 16]
-    return (t_3, None, mm)""",
+    grad_hidden = ao_act24.grad_hidden(tangents_1, down.weight, packed, metadata)  # f32[4, 16]
+    unpack = ao_act24.unpack(grad_hidden, metadata)                                # f32[4, 32]
+    view_1 = aten.view(unpack, [-1, 32])                                           # f32[4, 32]
+    t = aten.t(view_1)                                                             # f32[32, 4]
+    mm = aten.mm(t, view)                                                          # f32[32, 16]
+    unpack_1 = ao_act24.unpack(packed, metadata)                                   # f32[4, 32]
+    view_2 = aten.view(tangents_1, [-1, 16])                                       # f32[4, 16]
+    t_1 = aten.t(view_2)                                                           # f32[16, 4]
+    view_3 = aten.view(unpack_1, [-1, 32])                                         # f32[4, 32]
+    mm_1 = aten.mm(t_1, view_3)                                                    # f32[16, 32]
+    return (mm, None, mm_1)""",
         )
 
     def test_bias(self):
@@ -141,42 +133,34 @@ after(
     down.weight: f32[16, 32],
     down.bias: f32[16],
 ):
-    linear = linear(arg0, up.weight, up.bias)                                 # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(linear)                        # f32[4, 16], u8[16, 32]
-    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, down.bias)  # f32[4, 16]
-    return (sparse_mm,)""",
+    out = ao_act24.relu2_ffn(arg0, up.weight, up.bias, down.weight, down.bias, False)  # f32[4, 16]
+    return (out,)""",
         )
         self.assertExpectedInline(
             graphs.backward[0],
             """\
 backward(
-    arg0: f32[4, 16],
     down.weight: f32[16, 32],
     packed: f32[4, 16],
     metadata: u8[16, 32],
+    view: f32[4, 16],
     tangents_1: f32[4, 16],
 ):
-    sampled_mm = ao_act24.sampled_mm(tangents_1, down.weight, metadata)  # f32[4, 16]
-    unpack = ao_act24.unpack(packed, metadata)                           # f32[4, 32]
-    view = aten.view(tangents_1, [-1, 16])                               # f32[4, 16]
-    t = aten.t(view)                                                     # f32[16, 4]
-    view_1 = aten.view(unpack, [-1, 32])                                 # f32[4, 32]
-    mm = aten.mm(t, view_1)                                              # f32[16, 32]
-    sum = aten.sum(tangents_1, [0], True)                                # f32[1, 16]
-    view_2 = aten.view(sum, [16])                                        # f32[16]
-    detach = aten.detach(packed)                                         # f32[4, 16]
-    detach_1 = aten.detach(detach)                                       # f32[4, 16]
-    sqrt = aten.sqrt(detach_1)                                           # f32[4, 16]
-    mul = aten.mul(sqrt, 2)                                              # f32[4, 16]
-    mul_1 = aten.mul(sampled_mm, mul)                                    # f32[4, 16]
-    unpack_1 = ao_act24.unpack(mul_1, metadata)                          # f32[4, 32]
-    t_1 = aten.t(unpack_1)                                               # f32[32, 4]
-    mm_1 = aten.mm(t_1, arg0)                                            # f32[32, 16]
-    t_2 = aten.t(mm_1)                                                   # f32[16, 32]
-    sum_1 = aten.sum(unpack_1, [0], True)                                # f32[1, 32]
-    view_3 = aten.view(sum_1, [32])                                      # f32[32]
-    t_3 = aten.t(t_2)                                                    # f32[32, 16]
-    return (t_3, view_3, None, mm, view_2)""",
+    grad_hidden = ao_act24.grad_hidden(tangents_1, down.weight, packed, metadata)  # f32[4, 16]
+    unpack = ao_act24.unpack(grad_hidden, metadata)                                # f32[4, 32]
+    view_1 = aten.view(unpack, [-1, 32])                                           # f32[4, 32]
+    t = aten.t(view_1)                                                             # f32[32, 4]
+    mm = aten.mm(t, view)                                                          # f32[32, 16]
+    unpack_1 = ao_act24.unpack(packed, metadata)                                   # f32[4, 32]
+    view_2 = aten.view(tangents_1, [-1, 16])                                       # f32[4, 16]
+    t_1 = aten.t(view_2)                                                           # f32[16, 4]
+    view_3 = aten.view(unpack_1, [-1, 32])                                         # f32[4, 32]
+    mm_1 = aten.mm(t_1, view_3)                                                    # f32[16, 32]
+    sum = aten.sum(unpack, [0], True)                                              # f32[1, 32]
+    view_4 = aten.view(sum, [32])                                                  # f32[32]
+    sum_1 = aten.sum(tangents_1, [0], True)                                        # f32[1, 16]
+    view_5 = aten.view(sum_1, [16])                                                # f32[16]
+    return (mm, view_4, None, mm_1, view_5)""",
         )
 
     def test_dynamic_shape(self):
@@ -191,10 +175,8 @@ after(
     arg0: f32[s0, s1, 16],
     down.weight: f32[16, 32],
 ):
-    linear = linear(arg0, up.weight, None)                               # f32[s0, s1, 32]
-    packed, metadata = ao_act24.relu2_sparsify(linear)                   # f32[s0, s1, 16], u8[16*(((s0*s1 + 15)//16)), 32]
-    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight, None)  # f32[s0, s1, 16]
-    return (sparse_mm,)""",
+    out = ao_act24.relu2_ffn(arg0, up.weight, None, down.weight, None, False)  # f32[s0, s1, 16]
+    return (out,)""",
         )
         self.assertExpectedInline(
             graphs.forward[0],
@@ -206,14 +188,9 @@ forward(
     arg0: f32[s0, s1, 16],
     down.weight: f32[16, 32],
 ):
-    t = aten.t(up.weight)                                          # f32[16, 32]
-    mul = mul(s0, s1)                                            # SymInt
-    view = aten.view(arg0, [mul, 16])                              # f32[s0*s1, 16]
-    mm = aten.mm(view, t)                                          # f32[s0*s1, 32]
-    _unsafe_view = aten._unsafe_view(mm, [s0, s1, 32])           # f32[s0, s1, 32]
-    packed, metadata = ao_act24.relu2_sparsify(_unsafe_view)       # f32[s0, s1, 16], u8[16*(((s0*s1 + 15)//16)), 32]
-    sparse_mm = ao_act24.sparse_mm(packed, metadata, down.weight)  # f32[s0, s1, 16]
-    return (sparse_mm, down.weight, view, packed, metadata, s0, s1, mul)""",
+    out, packed, metadata = ao_act24.relu2_ffn(arg0, up.weight, None, down.weight, None, False)  # f32[s0, s1, 16], f32[s0, s1, 16], u8[16*(((s0*s1 + 15)//16)), 32]
+    view = aten.view(arg0, [-1, 16])                                                             # f32[s0*s1, 16]
+    return (out, down.weight, packed, metadata, view, s0, s1)""",
         )
 
     def test_checkpointed_body(self):
@@ -235,10 +212,8 @@ wrap_body_0(
     mlp.up.weight: f32[32, 16],
     mlp.down.weight: f32[16, 32],
 ):
-    linear = linear(arg0, mlp.up.weight, None)                               # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(linear)                       # f32[4, 16], u8[16, 32]
-    sparse_mm = ao_act24.sparse_mm(packed, metadata, mlp.down.weight, None)  # f32[4, 16]
-    return (sparse_mm,)""",
+    out = ao_act24.relu2_ffn(arg0, mlp.up.weight, None, mlp.down.weight, None, False)  # f32[4, 16]
+    return (out,)""",
         )
         self.assertExpectedInline(
             graphs.forward[0],
@@ -248,11 +223,8 @@ forward(
     mlp.up.weight: f32[32, 16],
     mlp.down.weight: f32[16, 32],
 ):
-    t = aten.t(mlp.up.weight)                                          # f32[16, 32]
-    mm = aten.mm(arg0, t)                                              # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                     # f32[4, 16], u8[16, 32]
-    sparse_mm = ao_act24.sparse_mm(packed, metadata, mlp.down.weight)  # f32[4, 16]
-    add = aten.add(arg0, sparse_mm)                                    # f32[4, 16]
+    out = ao_act24.relu2_ffn(arg0, mlp.up.weight, None, mlp.down.weight, None, False)  # f32[4, 16]
+    add = aten.add(arg0, out)                                                          # f32[4, 16]
     return (add, arg0, mlp.up.weight, mlp.down.weight)""",
         )
         self.assertExpectedInline(
@@ -264,26 +236,19 @@ backward(
     mlp.down.weight: f32[16, 32],
     tangents_1: f32[4, 16],
 ):
-    t = aten.t(mlp.up.weight)                                                # f32[16, 32]
-    mm = aten.mm(arg0, t)                                                    # f32[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                           # f32[4, 16], u8[16, 32]
-    sampled_mm = ao_act24.sampled_mm(tangents_1, mlp.down.weight, metadata)  # f32[4, 16]
-    unpack = ao_act24.unpack(packed, metadata)                               # f32[4, 32]
-    view = aten.view(tangents_1, [-1, 16])                                   # f32[4, 16]
-    t_1 = aten.t(view)                                                       # f32[16, 4]
-    view_1 = aten.view(unpack, [-1, 32])                                     # f32[4, 32]
-    mm_1 = aten.mm(t_1, view_1)                                              # f32[16, 32]
-    detach = aten.detach(packed)                                             # f32[4, 16]
-    detach_1 = aten.detach(detach)                                           # f32[4, 16]
-    sqrt = aten.sqrt(detach_1)                                               # f32[4, 16]
-    mul = aten.mul(sqrt, 2)                                                  # f32[4, 16]
-    mul_1 = aten.mul(sampled_mm, mul)                                        # f32[4, 16]
-    unpack_1 = ao_act24.unpack(mul_1, metadata)                              # f32[4, 32]
-    t_2 = aten.t(unpack_1)                                                   # f32[32, 4]
-    mm_2 = aten.mm(t_2, arg0)                                                # f32[32, 16]
-    t_3 = aten.t(mm_2)                                                       # f32[16, 32]
-    t_4 = aten.t(t_3)                                                        # f32[32, 16]
-    return (None, t_4, mm_1)""",
+    packed, metadata = ao_act24.relu2_ffn(arg0, mlp.up.weight, None, mlp.down.weight, None, False)  # f32[4, 16], u8[16, 32]
+    grad_hidden = ao_act24.grad_hidden(tangents_1, mlp.down.weight, packed, metadata)               # f32[4, 16]
+    unpack = ao_act24.unpack(grad_hidden, metadata)                                                 # f32[4, 32]
+    view = aten.view(unpack, [-1, 32])                                                              # f32[4, 32]
+    t = aten.t(view)                                                                                # f32[32, 4]
+    view_1 = aten.view(arg0, [-1, 16])                                                              # f32[4, 16]
+    mm = aten.mm(t, view_1)                                                                         # f32[32, 16]
+    unpack_1 = ao_act24.unpack(packed, metadata)                                                    # f32[4, 32]
+    view_2 = aten.view(tangents_1, [-1, 16])                                                        # f32[4, 16]
+    t_1 = aten.t(view_2)                                                                            # f32[16, 4]
+    view_3 = aten.view(unpack_1, [-1, 32])                                                          # f32[4, 32]
+    mm_1 = aten.mm(t_1, view_3)                                                                     # f32[16, 32]
+    return (None, mm, mm_1)""",
         )
 
     def test_autocast(self):
@@ -297,14 +262,12 @@ forward(
     arg0: f32[4, 16],
     down.weight: f32[16, 32],
 ):
-    _to_copy = aten._to_copy(up.weight, dtype=torch.bfloat16)      # bf16[32, 16]
-    _to_copy_1 = aten._to_copy(arg0, dtype=torch.bfloat16)         # bf16[4, 16]
-    t = aten.t(_to_copy)                                           # bf16[16, 32]
-    mm = aten.mm(_to_copy_1, t)                                    # bf16[4, 32]
-    packed, metadata = ao_act24.relu2_sparsify(mm)                 # bf16[4, 16], u8[16, 32]
-    _to_copy_2 = aten._to_copy(down.weight, dtype=torch.bfloat16)  # bf16[16, 32]
-    sparse_mm = ao_act24.sparse_mm(packed, metadata, _to_copy_2)   # bf16[4, 16]
-    return (sparse_mm, _to_copy_1, packed, metadata, _to_copy_2)""",
+    _to_copy = aten._to_copy(arg0, dtype=torch.bfloat16)                                             # bf16[4, 16]
+    _to_copy_1 = aten._to_copy(up.weight, dtype=torch.bfloat16)                                      # bf16[32, 16]
+    _to_copy_2 = aten._to_copy(down.weight, dtype=torch.bfloat16)                                    # bf16[16, 32]
+    out, packed, metadata = ao_act24.relu2_ffn(_to_copy, _to_copy_1, None, _to_copy_2, None, False)  # bf16[4, 16], bf16[4, 16], u8[16, 32]
+    view = aten.view(_to_copy, [-1, 16])                                                             # bf16[4, 16]
+    return (out, _to_copy_2, packed, metadata, view)""",
         )
 
     def test_casts_and_views_in_between(self):
@@ -348,7 +311,7 @@ def test_selective_checkpointing_keeps_what_its_policy_lists():
 
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    ours = (torch.ops.ao_act24.relu2_sparsify.default, torch.ops.ao_act24.sparse_mm.default)
+    ours = (torch.ops.ao_act24.relu2_ffn.default,)
 
     def backward(listed):
         def policy(context, op, *args, **kwargs):
@@ -359,8 +322,7 @@ def test_selective_checkpointing_keeps_what_its_policy_lists():
         model = lambda x: checkpoint(mlp, x, use_reentrant=False, context_fn=contexts).sin()  # noqa: E731
         return capture_graphs(model, torch.randn(4, 16)).backward[0]
 
-    assert "relu2_sparsify" in backward([]) and "ao_act24.sparse_mm(" in backward([])
-    assert "relu2_sparsify" not in backward(ours) and "ao_act24.sparse_mm(" not in backward(ours)
+    assert "relu2_ffn" in backward([]) and "relu2_ffn" not in backward(ours)
 
 
 def test_exported_programs_compile():

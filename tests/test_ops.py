@@ -25,13 +25,27 @@ def tensors(dtype=F64, tokens=(3, 5), hidden_dim=12, out_dim=7, requires_grad=Tr
         "unpack": (packed.requires_grad_(requires_grad), metadata),
         "sparse_mm": (packed, metadata, weight, bias),
         "sampled_mm": (grad, weight, metadata),
+        "relu2_ffn": (grad, make(hidden_dim, out_dim), make(hidden_dim), weight, bias, False),
+    }
+
+
+def without_gradients(dtype, tokens, hidden_dim, out_dim=7):
+    """What the gradient of ``relu2_ffn`` is made of."""
+    some = tensors(dtype, tokens, hidden_dim, out_dim, requires_grad=False)
+    (packed, metadata), (grad, weight, _) = some["unpack"], some["sampled_mm"]
+    rows = grad.reshape(-1, out_dim)
+    return {
+        "grad_hidden": (grad, weight, packed, metadata),
+        "feature_wise": (packed, metadata, True),
+        "feature_wise_mm": (*ops.feature_wise(packed, metadata, True)[:2], rows, True),
+        "columns": (packed, metadata, torch.tensor([2, 0, 2])),
     }
 
 
 NAMES = list(tensors())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *without_gradients(F64, (3, 5), 12)])
 @pytest.mark.parametrize(
     "dtype, tokens, hidden_dim",
     [
@@ -43,7 +57,7 @@ NAMES = list(tensors())
     ],
 )
 def test_opcheck(name, dtype, tokens, hidden_dim):
-    arguments = tensors(dtype, tokens, hidden_dim)[name]
+    arguments = (tensors(dtype, tokens, hidden_dim) | without_gradients(dtype, tokens, hidden_dim))[name]
     torch.library.opcheck(getattr(torch.ops.ao_act24, name).default, arguments)
 
 
@@ -70,7 +84,7 @@ def test_gradcheck(name):
         assert torch.autograd.gradgradcheck(first, arguments)
 
 
-@pytest.mark.parametrize("name", ["relu2_sparsify", "linear_relu2_sparsify"])
+@pytest.mark.parametrize("name", ["relu2_sparsify", "linear_relu2_sparsify", "relu2_ffn"])
 def test_second_derivative_is_refused(name):
     arguments = tensors()[name]
     with pytest.raises(NotImplementedError, match="second derivative"):

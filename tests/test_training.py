@@ -1,0 +1,205 @@
+"""The gradient of a whole FFN: what is saved, what is exact, and what 2:4 along tokens drops."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import relative_error, relu2_24
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import ao_act24
+from ao_act24 import Act24Config, autograd, ops
+
+F64 = torch.float64
+D, H = 16, 32
+
+
+def operands(tokens=24, dtype=F64, hidden_dim=H, bias=True, shift=0.0):
+    """x, up, up_bias, down, down_bias; ``shift`` moves the pre-activation: below zero, and there are more zeros."""
+    shapes = [(tokens, D), (hidden_dim, D), (hidden_dim,), (D, hidden_dim), (D,)]
+    made = [torch.randn(*shape).to(dtype) for shape in shapes]
+    made[2] = made[2] + shift
+    return [tensor.requires_grad_() if bias or tensor.dim() > 1 else None for tensor in made]
+
+
+def want(x, up, up_bias, down, down_bias):
+    return F.linear(relu2_24(F.linear(x, up, up_bias)), down, down_bias)
+
+
+def gradients(function, inputs, grad):
+    leaves = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    return torch.autograd.grad(function(*inputs), leaves, grad)
+
+
+@pytest.mark.parametrize("feature_wise", [False, True])
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=5))[:-1])
+def test_only_what_is_asked_for(frozen, feature_wise):
+    inputs = operands()
+    for tensor, is_frozen in zip(inputs, frozen):
+        tensor.requires_grad_(not is_frozen)
+    grad = torch.randn(24, D, dtype=F64)
+    got = gradients(lambda *a: ops.relu2_ffn(*a, feature_wise)[0], inputs, grad)
+    exact = gradients(want, inputs, grad)
+    for a, b in zip(got, exact):
+        assert a.shape == b.shape and (feature_wise or relative_error(a, b) < 1e-12)
+
+
+def oracle(y, dense, permuted, dense_features=()):
+    """``y.T @ dense`` with two of every four tokens for each feature, one by one."""
+    tokens, quarter = y.shape[0], y.shape[0] // 4
+    kept = y.clone()
+    for group in range(quarter):
+        members = [group + i * quarter if permuted else 4 * group + i for i in range(4)]
+        for feature in set(range(y.shape[1])) - set(dense_features):
+            order = sorted(range(4), key=lambda i: (-abs(float(y[members[i], feature])), i))
+            for i in order[2:]:
+                kept[members[i], feature] = 0
+    assert tokens - 4 * quarter == 0 or torch.equal(kept[4 * quarter :], y[4 * quarter :])
+    return kept.t() @ dense
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("tokens", [0, 3, 4, 7, 24, 41])
+def test_feature_wise(tokens, permuted, monkeypatch):
+    """The whole gradient of a weight against a loop: groups, the densest features, and tokens that make no four."""
+    monkeypatch.setattr(autograd, "PERMUTED", permuted)
+    packed, metadata = ops.relu2_sparsify(torch.randn(tokens, H, dtype=F64))
+    y, dense = ops.unpack(packed, metadata), torch.randn(tokens, D, dtype=F64)
+    _, _, counts, left = ops.feature_wise(packed, metadata, permuted)
+    assert torch.equal(counts, (y != 0).sum(0)) and torch.equal(left, y[tokens // 4 * 4 :])
+    densest = counts.topk(2).indices  # 5 % of 32, rounded up
+    got = autograd._feature_wise_grad(packed, metadata, dense)
+    torch.testing.assert_close(got, oracle(y, dense, permuted, densest.tolist()))
+
+
+def test_leading_dimensions():
+    inputs = operands()
+    cube = [inputs[0].detach().unflatten(0, (2, 3, 4)).requires_grad_(), *inputs[1:]]
+    grad = torch.randn(24, D, dtype=F64)
+    flat = gradients(lambda *a: ops.relu2_ffn(*a, True)[0], inputs, grad)
+    got = gradients(lambda *a: ops.relu2_ffn(*a, True)[0], cube, grad.unflatten(0, (2, 3, 4)))
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(got, flat))
+
+
+def test_sparse_enough_is_exact():
+    """At most two of four tokens fire: nothing is dropped."""
+    inputs = operands(tokens=64, shift=-20.0)
+    x, _, up_bias = inputs[:3]
+    x.data[:32] *= 0
+    up_bias.data[:] = 0  # the first half of the tokens is zero, and of four tokens two are in it
+    grad = torch.randn(64, D, dtype=F64)
+    got = gradients(lambda *a: ops.relu2_ffn(*a, True)[0], inputs, grad)
+    assert all(relative_error(*pair) < 1e-12 for pair in zip(got, gradients(want, inputs, grad)))
+
+
+def dropped_share(y, permuted):
+    """Of the energy of ``y``, what 2:4 along tokens drops."""
+    packed, metadata = ops.sparsify(y)
+    y = ops.unpack(packed, metadata)
+    wise = ops.feature_wise(packed, metadata, permuted)[0]
+    return 1 - float(wise.square().sum() / y.square().sum())
+
+
+def test_permutation_on_correlated_tokens():
+    """Each feature fires in runs of eight tokens: neighbours lose half of their entries, distant tokens little."""
+    runs = (torch.rand(64, 256) < 0.1).repeat_interleave(8, dim=0)
+    y = torch.rand(512, 256) * runs
+    assert dropped_share(y, permuted=False) > 0.15 > 0.03 > dropped_share(y, permuted=True)
+
+
+def test_the_split_on_dense_features():
+    """One feature of twenty always fires: with the split its gradient is exact."""
+    packed, metadata = ops.relu2_sparsify(torch.where(torch.arange(80) % 20 == 3, 1.0, -1.0) * torch.rand(64, 80))
+    dense = torch.randn(64, D)
+    exact = ops.unpack(packed, metadata).t() @ dense
+    assert relative_error(autograd._feature_wise_grad(packed, metadata, dense), exact) < 1e-6
+    wise, codes, _, _ = ops.feature_wise(packed, metadata, True)
+    assert relative_error(ops.feature_wise_mm(wise, codes, dense, True), exact) > 0.2
+
+
+@pytest.mark.parametrize("feature_wise", [False, True])
+def test_zeros_and_nan(feature_wise):
+    inputs = operands(shift=-100.0)
+    grad = torch.randn(24, D, dtype=F64)
+    nothing = gradients(lambda *a: ops.relu2_ffn(*a, feature_wise)[0], inputs, grad)
+    assert not any(g.any() for g in nothing[:4]) and torch.equal(nothing[4], grad.sum(0))
+    inputs, grad[5, 3] = operands(), float("nan")
+    got = gradients(lambda *a: ops.relu2_ffn(*a, feature_wise)[0], inputs, grad)
+    assert got[0][5].isnan().all() and got[0][:5].isfinite().all() and got[0][6:].isfinite().all()
+    assert all(g.isnan().any() for g in got[1:])
+
+
+def test_a_token_does_not_see_later_ones():
+    """Forward and back: only gradients of weights look across tokens."""
+    inputs, grad = operands(), torch.randn(24, D, dtype=F64)
+    out = ops.relu2_ffn(*inputs, True)[0]
+    (dx, *_) = gradients(lambda *a: ops.relu2_ffn(*a, True)[0], inputs, grad)
+    inputs[0].data[12:] = torch.randn(12, D)
+    grad[12:] = torch.randn(12, D)
+    assert torch.equal(ops.relu2_ffn(*inputs, True)[0][:12], out[:12])
+    assert torch.equal(gradients(lambda *a: ops.relu2_ffn(*a, True)[0], inputs, grad)[0][:12], dx[:12])
+
+
+class FFN(nn.Module):
+    def __init__(self, dim=D, hidden_dim=64):
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return x + self.down(F.relu(self.up(x)).square())
+
+
+@pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
+def test_what_is_saved(weight_grads):
+    """A hidden element takes one byte of packed bf16 and an eighth of metadata, and nothing else is as wide."""
+    ffn, x = FFN(64, 1024).bfloat16(), torch.randn(256, 64).bfloat16().requires_grad_()
+    backend = ao_act24.Act24Backend(Act24Config(weight_grads=weight_grads))
+    compiled, saved = torch.compile(ffn, backend=backend, fullgraph=True), {}
+
+    def note(tensor):
+        saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        compiled(x).float().square().sum().backward()
+    given = {tensor.data_ptr() for tensor in (x, *ffn.parameters())}
+    wide = [tensor for pointer, tensor in saved.items() if pointer not in given and tensor.shape[0] == 256]
+    hidden = sum(tensor.nbytes for tensor in wide if tensor.shape[-1] != 64)
+    assert hidden == 256 * 1024 * 1.125
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_steps(recompute):
+    """Sparse gradients train: gradients accumulate, a fused optimiser steps, activations may be recomputed."""
+    torch.manual_seed(0)
+    ffns = nn.Sequential(FFN(), FFN())
+    x, losses = torch.randn(4, 64, D), {}
+    target = torch.tanh(x @ torch.randn(D, D))
+    for weight_grads in ("dense", "sparse"):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        for ffn in ffns:
+            ffn.up.reset_parameters(), ffn.down.reset_parameters()
+
+        def forward(x):
+            for ffn in ffns:
+                x = checkpoint(ffn, x, use_reentrant=False) if recompute else ffn(x)
+            return x
+
+        model = torch.compile(forward, backend=ao_act24.Act24Backend(Act24Config(weight_grads=weight_grads)))
+        optimiser = torch.optim.AdamW(ffns.parameters(), lr=1e-2, fused=True)
+        for _ in range(30):
+            for part in range(4):  # gradient accumulation
+                F.mse_loss(model(x[part]), target[part]).div(4).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        losses[weight_grads] = float(F.mse_loss(forward(x), target))
+    assert losses["sparse"] < 0.3 and abs(losses["sparse"] - losses["dense"]) < 0.2 * losses["dense"] + 0.02
+    assert losses["sparse"] != losses["dense"]
+
+
+def test_config():
+    with pytest.raises(ValueError, match='weight_grads must be "dense" or "sparse", got True'):
+        Act24Config(weight_grads=True)
