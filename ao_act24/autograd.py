@@ -97,7 +97,7 @@ def _relu2_ffn_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None
         raise _second_derivative("relu2_ffn")
     x, up, down, packed, metadata = ctx.saved_tensors
     need_x, need_up, need_up_bias, need_down, need_down_bias, _ = ctx.needs_input_grad
-    hidden = ops.grad_hidden(grad, down, packed, metadata) if need_x or need_up or need_up_bias else None
+    hidden: Any = ops.grad_hidden(grad, down, packed, metadata) if need_x or need_up or need_up_bias else None
     if ctx.feature_wise:
         grad_up = _feature_wise_grad(hidden, metadata, x) if need_up else None
         grad_down = _feature_wise_grad(packed, metadata, grad).t() if need_down else None

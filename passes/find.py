@@ -87,9 +87,9 @@ def _is_part(graph: Graph) -> bool:
 def _already_rewritten(node: Node) -> Site | None:
     ffn = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
     if isinstance(ffn, Node) and is_our_op(ffn, "relu2_ffn"):
-        x, up_weight, up_bias, weight, bias, _ = ffn.args
-        up = Linear(ffn, x, up_weight, up_bias, False)
-        return Site("relu²", node, down=Linear(node, ffn, weight, bias, False), up=up, rewritten=True)
+        first, second = ((argument(ffn, i, ""), argument(ffn, i + 1, "")) for i in (1, 3))  # weights and biases
+        up, down = Linear(ffn, argument(ffn, 0, "x"), *first, False), Linear(node, ffn, *second, False)
+        return Site("relu²", node, down=down, up=up, rewritten=True)
     if not is_our_op(node, "sparse_mm"):
         return None
     packed = argument(node, 0, "packed")
@@ -105,9 +105,11 @@ def _already_rewritten(node: Node) -> Site | None:
     if not is_our_op(sparsify, "relu2_sparsify"):
         return None
     h = argument(sparsify, 0, "h")
-    up = _climb_to_linear(h)
+    source = _climb_to_linear(h)
     relu2 = Relu2(h, {node, sparsify})
-    return Site("relu²", node, down=down, up=up if isinstance(up, Linear) else None, relu2=relu2, rewritten=True)
+    return Site(
+        "relu²", node, down=down, up=source if isinstance(source, Linear) else None, relu2=relu2, rewritten=True
+    )
 
 
 def _relu2_site(down: Linear) -> Site | None:
