@@ -220,6 +220,10 @@ def _define(
     torch.library.register_fake(f"ao_act24::{name}", traced, lib=_lib)
 
 
+def _never(*_: object) -> bool:
+    return False
+
+
 _define(
     "relu2_sparsify(Tensor h) -> (Tensor packed, Tensor metadata)",
     lambda h: _check_hidden("h", h),
@@ -251,6 +255,7 @@ _define(
     _check_packed,
     reference.unpack,
     lambda packed, metadata: packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2)),
+    (cuda.unpack, _never),
 )
 _define(
     "sparse_mm(Tensor packed, Tensor metadata, Tensor weight, Tensor? bias=None) -> Tensor",
@@ -347,6 +352,7 @@ _define(
     _check_grad_hidden,
     reference.grad_hidden,
     lambda grad, down, packed, metadata: torch.empty_like(packed, memory_format=torch.contiguous_format),
+    (cuda.grad_hidden, _never),
 )
 _define(
     "feature_wise(Tensor packed, Tensor metadata, bool permuted)"
@@ -354,18 +360,21 @@ _define(
     lambda packed, metadata, permuted: _check_packed(packed, metadata),
     reference.feature_wise,
     _fake_feature_wise,
+    (cuda.feature_wise, _never),
 )
 _define(
     "feature_wise_mm(Tensor packed, Tensor metadata, Tensor dense, bool permuted) -> Tensor",
     _check_feature_wise_mm,
     reference.feature_wise_mm,
     lambda packed, metadata, dense, permuted: dense.new_empty((packed.shape[1], dense.shape[1])),
+    (cuda.feature_wise_mm, _never),
 )
 _define(
     "columns(Tensor packed, Tensor metadata, Tensor index) -> Tensor",
     _check_columns,
     reference.columns,
     lambda packed, metadata, index: packed.new_empty((*packed.shape[:-1], index.shape[0])),
+    (cuda.columns, _never),
 )
 
 

@@ -38,9 +38,11 @@ MATMULS = {  # tokens, model_dim, hidden_dim
 }
 FIRST = {"linear_relu2_sparsify": [(3840, 584, 2112), (250, 64, 8768), (1279, 72, 3584), (200, 328, 320), (1, 8, 64)]}
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
+GRADIENTS = {"gradients": [(1283, 584, 2112), (67, 64, 192)]}  # tokens (two make no four), model_dim, hidden_dim
 PLANTED = "planted"
-CASES = ("relu2_sparsify", *MATMULS, *FIRST, PLANTED)
-OURS = re.compile(r"\b(relu2_sparsify|relu2_sparsify_any|linear_relu2_sparsify|sparse_mm)\b")
+CASES = ("relu2_sparsify", *MATMULS, *FIRST, *GRADIENTS, PLANTED)
+KERNELS = "relu2_sparsify relu2_sparsify_any linear_relu2_sparsify sparse_mm grad_hidden feature_wise unpack columns"
+OURS = re.compile(rf"\b({KERNELS.replace(' ', '|')})\b")
 
 
 def workload(case: str) -> None:
@@ -55,6 +57,8 @@ def workload(case: str) -> None:
                 matmul(tokens, model_dim, hidden_dim, dtype)
             for tokens, model_dim, hidden_dim in FIRST.get(case, ()):
                 first_matmul(tokens, model_dim, hidden_dim, dtype)
+            for tokens, model_dim, hidden_dim in GRADIENTS.get(case, ()):
+                gradients(tokens, model_dim, hidden_dim, dtype)
     torch.cuda.synchronize()
     print(DONE)
 
@@ -85,6 +89,28 @@ def first_matmul(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtyp
     bias = torch.randint(-3, 4, (hidden_dim,)).to(dtype)
     got = cuda.linear_relu2_sparsify(x.cuda(), weight.cuda(), bias.cuda())
     assert all(torch.equal(a.cpu(), b) for a, b in zip(got, reference.linear_relu2_sparsify(x, weight, bias)))
+
+
+def gradients(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) -> None:
+    """What the gradient of an FFN calls, of small integers."""
+    packed, metadata = reference.relu2_sparsify(torch.randint(-2, 3, (tokens, hidden_dim)).to(dtype))
+    grad, weight = (torch.randint(-1, 2, (n, model_dim)).to(dtype) for n in (tokens, hidden_dim))
+    down, chosen = weight.t().contiguous(), torch.tensor([hidden_dim - 1, 0, 5])
+    wise, codes, _, _ = reference.feature_wise(packed, metadata, True)
+    for name, arguments in {
+        "grad_hidden": (grad, down, packed, metadata),
+        "sparse_mm": (packed, metadata, down),
+        "unpack": (packed, metadata),
+        "columns": (packed, metadata, chosen),
+        "feature_wise": (packed, metadata, True),
+        "feature_wise_mm": (wise, codes, grad, True),
+    }.items():
+        on_gpu = [each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments]
+        if name == "sparse_mm":
+            on_gpu[2] = weight.cuda().t()
+        got, want = getattr(cuda, name)(*on_gpu), getattr(reference, name)(*arguments)
+        pairs = zip(got, want) if isinstance(got, tuple) else [(got, want)]
+        assert all(torch.equal(a.cpu(), b) for a, b in pairs), name
 
 
 def planted(dtype: torch.dtype) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from . import compile, layout, reference, schedule
+from . import compile, launch, layout, reference, schedule
+from .launch import POINTER, Launch, TensorMap
 from .schedule import CLUSTER, TILE_COLUMNS, TILE_ROWS
 
 ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
@@ -24,11 +25,19 @@ _THREADS = 256  # a block of the packing kernels
 MATMUL_THREADS = 512
 MATMUL_STARTS_WITH = 128  # registers: see there
 K = 64  # columns of A and B in a stage
-# RUN: columns that four threads hold a quarter each of; A_COLUMNS: of A in a stage, as it is stored
+# RUN: columns that four threads hold a quarter each of; A_COLUMNS: of A in a stage, as it is stored; A_MN, B_MN: is A,
+# is B MN-major; GROUP: so many rows of K come together though they are that part of K apart
+_SPARSE = {"STAGES": 5, "RUN": 32, "A_COLUMNS": 32, "A_MN": 0, "GROUP": 1}  # with 8 columns, two threads fill a sector
+_DENSE = {"STAGES": 4, "RUN": 64, "A_COLUMNS": 64, "A_MN": 0, "GROUP": 1}  # 16: as many as a thread has metadata of
 DEFINES = {
-    "sparse_mm": {"STAGES": 5, "RUN": 32, "A_COLUMNS": 32},  # with 8 columns, two threads fill a sector of memory
-    "linear_relu2_sparsify": {"STAGES": 4, "RUN": 64, "A_COLUMNS": 64},  # 16: as many as a thread stores metadata of
+    "sparse_mm": {**_SPARSE, "B_MN": 0},
+    "sparse_mm_mn": {**_SPARSE, "B_MN": 1},
+    "feature_wise_mm": {**_SPARSE, "A_MN": 1, "B_MN": 1, "GROUP": 4},
+    "feature_wise_mm_in_order": {**_SPARSE, "A_MN": 1, "B_MN": 1},
+    "linear_relu2_sparsify": {**_DENSE, "B_MN": 0},
+    "grad_hidden": {**_DENSE, "B_MN": 1},
 }
+SOURCES = dict.fromkeys(("sparse_mm_mn", "feature_wise_mm", "feature_wise_mm_in_order"), "sparse_mm")  # else the name
 
 
 @torch.compiler.assume_constant_result
@@ -94,8 +103,8 @@ def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``reference.sparse_mm``: fp32 accumulation, rounded once. Deterministic.
 
-    The kernel takes H and D divisible by 64. For another D the weight is copied into a larger one; for another H this
-    unpacks and multiplies dense.
+    The kernel takes H and D divisible by 64, and, without a bias, also a weight that is a transposed ``[H, D]``. For
+    another D the weight is copied into a larger one; for another H this unpacks and multiplies dense.
     """
     index = packed.get_device()
     if index != torch._C._cuda_getDevice():
@@ -105,9 +114,11 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
         more = -weight.shape[0] % 64
         weight, bias = pad(weight, (0, 0, 0, more)), None if bias is None else pad(bias, (0, more))
         return sparse_mm(packed, metadata, weight, bias)[..., :-more].contiguous()
-    plan = _plans.sparse_mm(packed.shape, weight.shape, packed.dtype, index)
+    transposed = bias is None and not weight.is_contiguous() and weight.t().is_contiguous()
+    plan = _plans.sparse_mm(packed.shape, weight.shape, transposed, packed.dtype, index)
     if plan is None:
         return linear(reference.unpack(packed, metadata), weight, bias)
+    weight = weight.t() if transposed else weight
     metadata = _aligned(metadata)
     bias = None if bias is None else _aligned(bias)
     (out,) = (_empty(*shape) for shape in plan.outputs)
@@ -115,6 +126,87 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
         _aligned(packed), _aligned(weight), metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
     )
     return out
+
+
+def grad_hidden(grad: Tensor, down: Tensor, packed: Tensor, metadata: Tensor) -> Tensor:
+    """As ``reference.grad_hidden``. The kernel takes D divisible by 8 and H by 64, and ``down`` row after row."""
+    index = grad.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return grad_hidden(grad, down, packed, metadata)
+    plan = _plans.grad_hidden(grad.shape, down.shape, grad.dtype, index)
+    if plan is None:
+        return reference.grad_hidden(grad, down, packed, metadata)
+    packed, metadata = _aligned(packed), _aligned(metadata)
+    (out,) = (_empty(*shape) for shape in plan.outputs)
+    plan.run(_aligned(grad), _aligned(down), packed.data_ptr(), metadata.data_ptr(), out.data_ptr())
+    return out
+
+
+def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``reference.feature_wise``, bit for bit. The kernel takes H divisible by 64."""
+    index, hidden_dim = packed.get_device(), packed.shape[-1] * 2
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return feature_wise(packed, metadata, permuted)
+    tokens = packed.numel() // max(packed.shape[-1], 1)
+    whole = tokens // 4 * 4
+    if hidden_dim % 64 or not whole * hidden_dim:
+        return reference.feature_wise(packed, metadata, permuted)
+    packed, metadata = _aligned(packed), _aligned(metadata)
+    wise = _empty(*_contiguous((whole // 2, hidden_dim), packed.dtype))
+    codes = _empty(*_contiguous(layout.metadata_shape((hidden_dim, whole)), torch.uint8))
+    rows = layout.to_rows(metadata, tokens, hidden_dim)[whole:]
+    left = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
+    counts = (left != 0).sum(0, dtype=torch.int32)
+    start = _plans.feature_wise(tokens // 4, hidden_dim, permuted, packed.dtype, index)
+    start(packed.data_ptr(), metadata.data_ptr(), wise.data_ptr(), codes.data_ptr(), counts.data_ptr())
+    return wise, codes, counts, left
+
+
+def feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, permuted: bool) -> Tensor:
+    """As ``reference.feature_wise_mm``: fp32 accumulation, rounded once. The kernel takes H and D divisible by 64."""
+    index = packed.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return feature_wise_mm(packed, metadata, dense, permuted)
+    plan = _plans.feature_wise_mm(packed.shape, dense.shape[1], permuted, packed.dtype, index)
+    if plan is None:
+        return reference.feature_wise_mm(packed, metadata, dense, permuted)
+    metadata = _aligned(metadata)
+    (out,) = (_empty(*shape) for shape in plan.outputs)
+    plan.run(_aligned(packed), _aligned(dense), metadata.data_ptr(), 0, out.data_ptr())
+    return out
+
+
+def unpack(packed: Tensor, metadata: Tensor) -> Tensor:
+    """As ``reference.unpack``. The kernel takes H divisible by 16."""
+    index, (*tokens, half) = packed.get_device(), packed.shape
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return unpack(packed, metadata)
+    if half % 8 or not packed.numel():
+        return reference.unpack(packed, metadata)
+    packed, metadata = _aligned(packed), _aligned(metadata)
+    dense = _empty(*_contiguous((*tokens, 2 * half), packed.dtype))
+    start = _plans.unpack(packed.numel() // half, 2 * half, packed.dtype, index)
+    start(packed.data_ptr(), metadata.data_ptr(), dense.data_ptr())
+    return dense
+
+
+def columns(packed: Tensor, metadata: Tensor, chosen: Tensor) -> Tensor:
+    """As ``reference.columns``, any H."""
+    index, (*tokens, half) = packed.get_device(), packed.shape
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return columns(packed, metadata, chosen)
+    if not packed.numel() or not chosen.numel():
+        return reference.columns(packed, metadata, chosen)
+    packed, metadata, chosen = _aligned(packed), _aligned(metadata), chosen.contiguous()
+    dense = _empty(*_contiguous((*tokens, chosen.shape[0]), packed.dtype))
+    start = _plans.columns(packed.numel() // half, 2 * half, chosen.shape[0], packed.dtype, index)
+    start(packed.data_ptr(), metadata.data_ptr(), chosen.data_ptr(), dense.data_ptr())
+    return dense
 
 
 # Shape, strides and dtype of a tensor to allocate on the current device, as Inductor's generated code does it: a plain
@@ -133,11 +225,11 @@ def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> _Empty:
 class _Packing:
     packed: _Empty
     metadata: _Empty
-    launch: "_Launch | None"  # None: there is nothing to do
+    launch: Launch | None  # None: there is nothing to do
 
 
 def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, index: int) -> _Packing:
-    _set_current(index)
+    launch.set_current(index)
     *tokens, hidden_dim = shape
     height, width = layout.metadata_shape(shape)
     packed, metadata = _contiguous((*tokens, hidden_dim // 2), dtype), _contiguous((height, width), torch.uint8)
@@ -146,100 +238,162 @@ def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, 
     count = shape.numel() // hidden_dim
     vectors = hidden_dim % 16 == 0 and aligned and (stride % 8 == 0 or count == 1)
     entry, columns, rows = ("relu2_sparsify", 16, 2) if vectors else ("relu2_sparsify_any", 8, 1)  # of a thread
-    kernel = _packing_kernel(entry, dtype, index)
+    kernel = _simple_kernel("relu2_sparsify", entry, dtype, index)
     grid = -(-8 * width // (_THREADS * columns)), min(height // rows, 65535)
     # h, stride, packed, metadata, count, hidden_dim
     arguments = (POINTER, ctypes.c_int64(stride), POINTER, POINTER, ctypes.c_int64(count), ctypes.c_int64(hidden_dim))
-    return _Packing(packed, metadata, _Launch(index, kernel, grid, _THREADS, 0, arguments))
+    return _Packing(packed, metadata, Launch(index, kernel, grid, _THREADS, 0, arguments))
 
 
 @dataclass(frozen=True)
 class _Matmul:
     outputs: tuple[_Empty, ...]
-    a_maps: Sequence["_TensorMap"]  # by whole tiles, and by lower ones
-    weight_map: "_TensorMap"
-    launch: "_Launch"
+    a_maps: Sequence[TensorMap]  # by whole tiles, and by lower ones
+    b_map: TensorMap
+    launch: Launch
 
-    def run(self, a: Tensor, weight: Tensor, *pointers: int) -> None:
+    def run(self, a: Tensor, b: Tensor, *pointers: int) -> None:
         for a_map in self.a_maps:
             a_map.point_to(a.data_ptr())
-        self.weight_map.point_to(weight.data_ptr())
+        self.b_map.point_to(b.data_ptr())
         self.launch(*pointers)
 
 
-def _sparse_mm(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
-    """None where the kernel does not take these sizes."""
+def _feature_wise(quarter: int, hidden_dim: int, permuted: bool, dtype: torch.dtype, index: int) -> Launch:
+    launch.set_current(index)
+    kernel = _simple_kernel("feature_wise", "feature_wise", dtype, index)
+    # packed, metadata, wise packed, wise metadata, counts, quarter, columns, permuted
+    arguments = (*[POINTER] * 5, *map(ctypes.c_int64, (quarter, hidden_dim, permuted)))
+    return Launch(index, kernel, (-(-hidden_dim // 128), -(-quarter // 64)), _THREADS, 0, arguments)
+
+
+def _unpack(tokens: int, hidden_dim: int, dtype: torch.dtype, index: int) -> Launch:
+    launch.set_current(index)
+    kernel = _simple_kernel("unpack", "unpack", dtype, index)
+    # packed, metadata, dense, rows, columns
+    arguments = (*[POINTER] * 3, *map(ctypes.c_int64, (tokens, hidden_dim)))
+    return Launch(index, kernel, (-(-hidden_dim // (16 * _THREADS)), min(tokens, 65535)), _THREADS, 0, arguments)
+
+
+def _columns(tokens: int, hidden_dim: int, chosen: int, dtype: torch.dtype, index: int) -> Launch:
+    launch.set_current(index)
+    kernel = _simple_kernel("unpack", "columns", dtype, index)
+    # packed, metadata, index, dense, rows, columns, chosen
+    arguments = (*[POINTER] * 4, *map(ctypes.c_int64, (tokens, hidden_dim, chosen)))
+    return Launch(index, kernel, (-(-chosen // _THREADS), min(tokens, 65535)), _THREADS, 0, arguments)
+
+
+# Each of these gives None where the kernel does not take the sizes.
+def _sparse_mm(
+    packed: torch.Size, weight: torch.Size, transposed: bool, dtype: torch.dtype, index: int
+) -> _Matmul | None:
     model_dim, hidden_dim = weight
     if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64:
         return None
-    _set_current(index)
-    tokens = packed.numel() // packed[-1]
     outputs = (_contiguous((*packed[:-1], model_dim), dtype),)
+    name = "sparse_mm_mn" if transposed else "sparse_mm"
     # maps, metadata, bias, out, shape
-    return _matmul("sparse_mm", tokens, model_dim, hidden_dim, dtype, index, outputs)
+    return _matmul(name, packed.numel() // packed[-1], model_dim, hidden_dim, dtype, index, outputs)
 
 
 def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
-    """None where the kernel does not take these sizes."""
     hidden_dim, model_dim = weight
     if x.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
         return None
-    _set_current(index)
-    tokens = x.numel() // model_dim
     hidden = (*x[:-1], hidden_dim)
     outputs = (
         _contiguous((*x[:-1], hidden_dim // 2), dtype),
         _contiguous(layout.metadata_shape(hidden), torch.uint8),
     )
     # maps, bias, packed, metadata, shape
-    return _matmul("linear_relu2_sparsify", tokens, hidden_dim, model_dim, dtype, index, outputs)
+    name = "linear_relu2_sparsify"
+    return _matmul(name, x.numel() // model_dim, hidden_dim, model_dim, dtype, index, outputs)
+
+
+def _grad_hidden(grad: torch.Size, down: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
+    model_dim, hidden_dim = down
+    if grad.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
+        return None
+    outputs = (_contiguous((*grad[:-1], hidden_dim // 2), dtype),)
+    # maps, packed, metadata, out, shape
+    return _matmul("grad_hidden", grad.numel() // model_dim, hidden_dim, model_dim, dtype, index, outputs)
+
+
+def _feature_wise_mm(
+    packed: torch.Size, model_dim: int, permuted: bool, dtype: torch.dtype, index: int
+) -> _Matmul | None:
+    kept, hidden_dim = packed
+    if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64 or model_dim % 64:
+        return None
+    outputs = (_contiguous((hidden_dim, model_dim), dtype),)
+    name = "feature_wise_mm" if permuted else "feature_wise_mm_in_order"
+    # maps, metadata, no bias, out, shape
+    return _matmul(name, hidden_dim, model_dim, 2 * kept, dtype, index, outputs)
 
 
 class _Plans(threading.local):
     def __init__(self) -> None:
         cached = functools.lru_cache(maxsize=1024)
         self.packing, self.sparse_mm = cached(_packing), cached(_sparse_mm)
-        self.linear_relu2_sparsify = cached(_linear_relu2_sparsify)
+        self.linear_relu2_sparsify, self.grad_hidden = cached(_linear_relu2_sparsify), cached(_grad_hidden)
+        self.feature_wise, self.feature_wise_mm = cached(_feature_wise), cached(_feature_wise_mm)
+        self.unpack, self.columns = cached(_unpack), cached(_columns)
 
 
 _plans = _Plans()
 
 
 def _matmul(
-    name: str, tokens: int, columns: int, depth: int, dtype: torch.dtype, index: int, outputs: tuple[_Empty, ...]
+    name: str, rows: int, columns: int, depth: int, dtype: torch.dtype, index: int, outputs: tuple[_Empty, ...]
 ) -> _Matmul:
+    """A of ``[rows, depth]`` and B of ``[columns, depth]``, in memory as ``DEFINES[name]`` says."""
+    launch.set_current(index)
     kernel, clusters = _matmul_kernel(name, dtype, index)
-    stages = -(-depth // 256) * 4 if name == "sparse_mm" else -(-depth // K)  # metadata comes by four stages
-    shape, clusters = schedule.share_out(tokens, columns, stages, clusters)
-    a_columns, run = DEFINES[name]["A_COLUMNS"], DEFINES[name]["RUN"]
-    a_size = depth * a_columns // K, tokens
-    a_maps = [_TensorMap(dtype, a_size, (1,), (a_columns, 64 * height)) for height in (3, shape.lower_height)]
-    # In the order of tiles.cuh: of every RUN rows, row RUN / 4 * q + 2 a + b comes to lie at 8 a + 2 q + b.
-    weight_box = K, 2, 4, run // 8, TILE_COLUMNS // CLUSTER // run
-    weight_map = _TensorMap(dtype, (depth, 2, 4, run // 8, columns // run), (1, run // 4, 2, run), weight_box)
-    arguments = (*(each.words for each in (*a_maps, weight_map)), *[POINTER] * 3, shape)
-    launch = _Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
-    return _Matmul(outputs, a_maps, weight_map, launch)
+    how = DEFINES[name]
+    a_columns, run, group = how["A_COLUMNS"], how["RUN"], how["GROUP"]
+    stages = -(-depth // 256) * 4 if a_columns < K else -(-depth // K)  # metadata comes by four stages
+    shape, clusters = schedule.share_out(rows, columns, stages, clusters)
+    stored, heights = depth * a_columns // K, (3, shape.lower_height)
+    if how["A_MN"]:
+        size, strides = (64, stored, rows // 64), (2 * rows, 128)
+        a_maps = [TensorMap(dtype, size, strides, (64, a_columns, height)) for height in heights]
+    else:
+        size, strides = (stored, rows, 1), (2 * stored, 2 * stored)
+        a_maps = [TensorMap(dtype, size, strides, (a_columns, 64 * height, 1)) for height in heights]
+    per_block = TILE_COLUMNS // CLUSTER
+    if how["B_MN"]:  # by 64 columns; of every group of rows of K one after the other
+        b_size = 64, group, depth // group, columns // 64, 1
+        b_strides = 2 * columns * (depth // group), 2 * columns, 128, 128
+        b_map = TensorMap(dtype, b_size, b_strides, (64, group, K // group, per_block // 64, 1))
+    else:  # in the order of tiles.cuh: of every RUN rows, row RUN / 4 * q + 2 a + b comes to lie at 8 a + 2 q + b
+        b_size = depth, 2, 4, run // 8, columns // run
+        b_strides = 2 * depth, 2 * depth * (run // 4), 4 * depth, 2 * depth * run
+        b_map = TensorMap(dtype, b_size, b_strides, (K, 2, 4, run // 8, per_block // run))
+    arguments = (*(each.words for each in (*a_maps, b_map)), *[POINTER] * 3, shape)
+    ready = Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
+    return _Matmul(outputs, a_maps, b_map, ready)
 
 
 @functools.cache
-def _packing_kernel(entry: str, dtype: torch.dtype, index: int) -> Any:
-    kernel = compile.kernel("relu2_sparsify", entry, {"ELEMENT": ELEMENTS[dtype]}, index)
-    return _function(kernel, index)
+def _simple_kernel(source: str, entry: str, dtype: torch.dtype, index: int) -> Any:
+    return _function(compile.kernel(source, entry, {"ELEMENT": ELEMENTS[dtype]}, index), index)
 
 
 @functools.cache
 def _matmul_kernel(name: str, dtype: torch.dtype, index: int) -> tuple[Any, int]:
     """The kernel, and how many of its clusters the device holds at a time."""
-    driver, shared_bytes = _driver(), _shared_bytes(name)
-    loaded = compile.kernel(name, name, matmul_defines(name, dtype), index, shared_bytes, MATMUL_STARTS_WITH)
+    driver, shared_bytes = launch.driver(), _shared_bytes(name)
+    source = SOURCES.get(name, name)
+    loaded = compile.kernel(source, source, matmul_defines(name, dtype), index, shared_bytes, MATMUL_STARTS_WITH)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count // CLUSTER * CLUSTER
     config = driver.CUlaunchConfig()
     config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, MATMUL_THREADS, shared_bytes
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     function = _function(loaded, index)
     with torch.cuda.device(index):
-        _, clusters = _checked("cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config))
+        _, clusters = launch.checked(
+            "cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config)
+        )
     return function, min(clusters, blocks // CLUSTER)
 
 
@@ -255,93 +409,10 @@ def _shared_bytes(name: str) -> int:
 def _function(kernel: Any, index: int) -> Any:
     """``kernel`` as device ``index`` runs it."""
     with torch.cuda.device(index):
-        return _checked("cuKernelGetFunction", _driver().cuKernelGetFunction(kernel.handle))[1]
-
-
-class _TensorMap:
-    """What a bulk tensor copy needs of a matrix in memory, to bring in boxes of it, rows swizzled by their length.
-
-    ``sizes``, innermost first, of the array that the matrix is taken as: columns, then rows, in as many dimensions as
-    it takes to put them in order; ``strides`` of these in rows; ``box`` as ``sizes``.
-    """
-
-    def __init__(self, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> None:
-        driver = _driver()
-        types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
-        bfloat16, float16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-        result = driver.cuTensorMapEncodeTiled(
-            bfloat16 if dtype == torch.bfloat16 else float16,
-            len(sizes),
-            256,  # any address: the real one comes with each call
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(2 * sizes[0] * stride) for stride in strides],
-            [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1)] * len(sizes),
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box[0] == 64 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-        _, encoded = _checked("cuTensorMapEncodeTiled", result)
-        memory = ctypes.create_string_buffer(128 + 64)
-        offset = -ctypes.addressof(memory) % 64  # the driver asks for it
-        self.words = (ctypes.c_uint64 * 16).from_buffer(memory, offset)
-        self.words[:] = [int(word) for word in encoded.opaque]
-        self._map = driver.CUtensorMap(_ptr=ctypes.addressof(self.words))
-        self._replace = driver.cuTensorMapReplaceAddress
-
-    def point_to(self, pointer: int) -> None:
-        _checked("cuTensorMapReplaceAddress", self._replace(self._map, pointer))
+        return launch.checked("cuKernelGetFunction", launch.driver().cuKernelGetFunction(kernel.handle))[1]
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """``tensor`` row after row from a multiple of 16 bytes on, as the copy engine needs it; copied if it must be."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-POINTER = None  # in the arguments of a launch: a pointer, which each call brings
-
-
-class _Launch:
-    """A launch on torch's current stream that is ready but for the stream and the pointers.
-
-    ``arguments`` are in the kernel's order: ctypes objects, and ``POINTER``.
-    """
-
-    def __init__(
-        self, index: int, kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]
-    ) -> None:
-        self._index, self._kept = index, arguments
-        self._pointers = (ctypes.c_uint64 * arguments.count(POINTER))()
-        slots = (ctypes.addressof(self._pointers) + 8 * slot for slot in range(len(self._pointers)))
-        addresses = [next(slots) if argument is POINTER else ctypes.addressof(argument) for argument in arguments]
-        self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._start = kernel, *grid, 1, threads, 1, 1, shared_bytes
-        self._end = ctypes.addressof(self._addresses), 0
-        self._driver = _driver()
-
-    def __call__(self, *pointers: int) -> None:
-        self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        _checked("cuLaunchKernel", self._driver.cuLaunchKernel(*self._start, stream, *self._end))
-
-
-def _set_current(index: int) -> None:
-    """Make the device's context the calling thread's: the driver needs one, and torch makes it current late."""
-    from cuda.core import Device
-
-    Device(index).set_current()
-
-
-@functools.cache
-def _driver() -> Any:
-    from cuda.bindings import driver
-
-    return driver
-
-
-def _checked(call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
-    if int(result[0]) != 0:
-        raise RuntimeError(f"{call} failed: {result[0].name}")
-    return result

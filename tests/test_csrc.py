@@ -48,6 +48,18 @@ def check_local_memory(sass):
     assert sass and not [line for line in sass if re.search(r"\b(LDL|STL)\b", line)], "no spills, no local memory"
 
 
+def matmul(name, dtype):
+    return compile.cubin(cuda.SOURCES.get(name, name), cuda.matmul_defines(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", cuda.ELEMENTS)
+@pytest.mark.parametrize("name", ["feature_wise", "unpack"])
+def test_regrouping_and_unpacking(name, dtype, tmp_path):
+    sass = instructions(compile.cubin(name, {"ELEMENT": cuda.ELEMENTS[dtype]}), tmp_path)
+    check_local_memory(sass)
+    assert any("STG.E.128" in line for line in sass)
+
+
 @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
 def test_packing(dtype, tmp_path):
     sass = instructions(compile.cubin("relu2_sparsify", {"ELEMENT": cuda.ELEMENTS[dtype]}), tmp_path)
@@ -56,12 +68,12 @@ def test_packing(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
-@pytest.mark.parametrize(
-    "name, product, count",  # four stages of two steps, unrolled; a stage of four steps
-    [("sparse_mm", "HGMMA.SP.64x256x32.F32", 8), ("linear_relu2_sparsify", "HGMMA.64x256x16.F32", 4)],
-)
-def test_matmuls(name, product, count, dtype, tmp_path):
-    sass = instructions(compile.cubin(name, cuda.matmul_defines(name, dtype)), tmp_path)
+@pytest.mark.parametrize("name", cuda.DEFINES)
+def test_matmuls(name, dtype, tmp_path):
+    sparse = cuda.DEFINES[name]["A_COLUMNS"] == 32
+    # four stages of two steps, unrolled; a stage of four steps
+    product, count = ("HGMMA.SP.64x256x32.F32", 8) if sparse else ("HGMMA.64x256x16.F32", 4)
+    sass = instructions(matmul(name, dtype), tmp_path)
     check_local_memory(sass)
     element = {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
     assert sum(f"{product}{element} " in line for line in sass) == count
@@ -73,20 +85,28 @@ def test_matmuls(name, product, count, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", cuda.DEFINES)
-def test_threads_exchange_nothing(name, tmp_path):
-    """The order in which the weight is brought in leaves each thread what it has to store."""
-    sass = instructions(compile.cubin(name, cuda.matmul_defines(name, torch.bfloat16)), tmp_path)
-    assert not [line for line in sass if "SHFL" in line]
+def test_what_threads_exchange(name, tmp_path):
+    """Nothing, where the order in which B is brought in leaves each thread what it stores; else each word once."""
+    sass = instructions(matmul(name, torch.bfloat16), tmp_path)
+    assert sum("SHFL" in line for line in sass) == (128 if cuda.DEFINES[name]["B_MN"] else 0)
+    tiles = [line for line in sass if "HGMMA" in line]
+    assert all(
+        ("tnspA" in line, "tnspB" in line) == tuple(map(bool, (cuda.DEFINES[name]["A_MN"], cuda.DEFINES[name]["B_MN"])))
+        for line in tiles
+    )
     assert sum("UTMALDG.5D.MULTICAST" in line for line in sass) == 1
 
 
 @pytest.mark.parametrize("dtype", cuda.ELEMENTS)
-def test_metadata_is_not_overwritten_while_it_is_read(dtype, tmp_path):
+@pytest.mark.parametrize("name", [name for name, how in cuda.DEFINES.items() if how["A_COLUMNS"] == 32])
+def test_metadata_is_not_overwritten_while_it_is_read(name, dtype, tmp_path):
     """wgmma reads its metadata registers while it runs; ptxas does not know, so the source waits in time."""
-    sass = instructions(compile.cubin("sparse_mm", cuda.matmul_defines("sparse_mm", dtype)), tmp_path)
+    sass = instructions(matmul(name, dtype), tmp_path)
     read, groups, seen = set(), [], 0  # by products not yet committed, and by each group of those that were
     for line in sass:
-        if product := re.search(r"HGMMA\.SP\S* R\d+, gdesc\[\w+\], R\d+, (?:!?UP\w+, )?(R\d+), 0x[01]", line):
+        if product := re.search(
+            r"HGMMA\.SP\S* R\d+, gdesc\[\w+\](?:\.tnsp[AB])*, R\d+, (?:!?UP\w+, )?(R\d+), 0x[01]", line
+        ):
             read.add(product.group(1))
             seen += 1
             if "gsb0" in line:
@@ -103,7 +123,7 @@ def test_metadata_is_not_overwritten_while_it_is_read(dtype, tmp_path):
 def test_a_block_of_three_consumers_fits(name, dtype, tmp_path):
     """It is launched with 128 registers a thread; what its parts take later adds up to what a multiprocessor has."""
     start = cuda.MATMUL_STARTS_WITH
-    code = compile.starting_with(compile.cubin(name, cuda.matmul_defines(name, dtype)), start)
+    code = compile.starting_with(matmul(name, dtype), start)
     sass = instructions(code, tmp_path)
     (take,), (give,) = (
         [i for i, line in enumerate(sass) if what in line] for what in ("USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC")

@@ -351,6 +351,75 @@ def test_memory_is_returned():
     assert torch.cuda.memory_allocated() == before
 
 
+def small_integers(*shape, dtype=torch.bfloat16, most=1):
+    return torch.randint(-most, most + 1, shape, device="cuda").to(dtype)
+
+
+GRADIENT_SIZES = [(1, 64, 64), (7, 64, 192), (130, 320, 512), (1283, 584, 2112), (4096, 256, 320)]  # tokens, D, H
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", GRADIENT_SIZES, ids=str)
+def test_the_gradient_of_the_hidden_activation(size, dtype):
+    """Small integers: no sum is rounded."""
+    tokens, model_dim, hidden_dim = size
+    packed, metadata = reference.relu2_sparsify(small_integers(tokens, hidden_dim, dtype=dtype, most=3))
+    grad, down = small_integers(tokens, model_dim, dtype=dtype), small_integers(model_dim, hidden_dim, dtype=dtype)
+    got, want = (each.grad_hidden(grad, down, packed, metadata) for each in (cuda, reference))
+    assert torch.equal(got, want) and want.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("permuted", [True, False])
+@pytest.mark.parametrize("size", GRADIENT_SIZES, ids=str)
+def test_feature_wise(size, permuted, dtype):
+    tokens, model_dim, hidden_dim = size
+    h = random(tokens, hidden_dim, dtype=dtype)
+    h[::3, 1::5] = -0.0
+    h[tokens // 2, :8], h[0, 8:16] = float("nan"), float("-inf")
+    packed, metadata = reference.sparsify(h)
+    got, want = (each.feature_wise(packed, metadata, permuted) for each in (cuda, reference))
+    assert torch.equal(got[0].view(torch.int16), want[0].view(torch.int16))
+    assert all(torch.equal(a, b) for a, b in zip(got[1:3], want[1:3]))
+    packed, metadata = reference.relu2_sparsify(small_integers(tokens, hidden_dim, dtype=dtype, most=3))
+    wise, codes, _, _ = reference.feature_wise(packed, metadata, permuted)
+    dense = small_integers(tokens, model_dim // 64 * 64, dtype=dtype)
+    got, want = (each.feature_wise_mm(wise, codes, dense, permuted) for each in (cuda, reference))
+    assert got.shape == want.shape and (got.float() - want.float()).norm() <= 1e-2 * want.float().norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", GRADIENT_SIZES, ids=str)
+def test_a_transposed_weight(size, dtype):
+    tokens, model_dim, hidden_dim = size
+    packed, metadata = reference.relu2_sparsify(random(tokens, hidden_dim, dtype=dtype))
+    weight = random(hidden_dim, model_dim // 64 * 64, dtype=dtype) / hidden_dim**0.5
+    got, want = (cuda.sparse_mm(packed, metadata, w) for w in (weight.t(), weight.t().contiguous()))
+    assert torch.equal(got, want), "the same sums in the same order"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 5, 64), (1000, 4112), (17, 36)])
+def test_unpacking(shape, dtype):
+    packed, metadata = reference.sparsify(random(*shape, dtype=dtype))
+    assert torch.equal(cuda.unpack(packed, metadata), reference.unpack(packed, metadata))
+    chosen = torch.randint(shape[-1], (11,), device="cuda")
+    assert torch.equal(cuda.columns(packed, metadata, chosen), reference.columns(packed, metadata, chosen))
+
+
+@pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
+def test_training_step(weight_grads):
+    """Under torch.compile, against the same on the CPU in fp32."""
+    mlp, x = MLP(256, 1024).cuda().bfloat16(), random(1030, 256).requires_grad_()
+    config = ao_act24.Act24Config(emulate=True, weight_grads=weight_grads)
+    torch.compile(mlp, backend=ao_act24.Act24Backend(config), fullgraph=True)(x).float().square().sum().backward()
+    twin, y = MLP(256, 1024), x.detach().float().cpu().requires_grad_()
+    twin.load_state_dict({name: tensor.float().cpu() for name, tensor in mlp.state_dict().items()})
+    torch.compile(twin, backend=ao_act24.Act24Backend(config), fullgraph=True)(y).square().sum().backward()
+    for got, want in zip((x, *mlp.parameters()), (y, *twin.parameters())):
+        assert (got.grad.float().cpu() - want.grad).norm() < 0.1 * want.grad.norm()
+
+
 class MLP(nn.Module):
     def __init__(self, dim=2048, hidden=8192):
         super().__init__()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from cuda.bindings import driver
 
-from ao_act24.kernels import cuda, reference, schedule
+from ao_act24.kernels import cuda, launch, reference, schedule
 
-KERNEL = 0x7FFF12345678
+KERNELS = {"matmul": 1, "relu2_sparsify": 2, "relu2_sparsify_any": 3, "feature_wise": 4, "unpack": 5, "columns": 6}
+ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 8, 5: 5, 6: 7}  # how many each has
 STREAM = 0x7FFF00000040
 SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
 BF16 = torch.bfloat16
@@ -27,9 +28,9 @@ class Driver:
         return getattr(driver, name)
 
     def cuLaunchKernel(self, kernel, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
-        assert (kernel, z, threads_y, threads_z, stream, extra) == (KERNEL, 1, 1, 1, STREAM, 0)
+        assert (z, threads_y, threads_z, stream, extra) == (1, 1, 1, STREAM, 0)
         self.launches, self.blocks = self.launches + 1, x * y
-        self.arguments = (ctypes.c_void_p * (7 if threads > 256 else 6)).from_address(parameters)[:]
+        self.arguments = (ctypes.c_void_p * ARGUMENTS[kernel]).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
         return SUCCESS
 
@@ -47,10 +48,10 @@ class Driver:
 @pytest.fixture
 def launched(monkeypatch):
     stand_in = Driver()
-    monkeypatch.setattr(cuda, "_driver", lambda: stand_in)
-    monkeypatch.setattr(cuda, "_set_current", lambda index: None)
-    monkeypatch.setattr(cuda, "_packing_kernel", lambda *_: KERNEL)
-    monkeypatch.setattr(cuda, "_matmul_kernel", lambda *_: (KERNEL, 66))
+    monkeypatch.setattr(launch, "driver", lambda: stand_in)
+    monkeypatch.setattr(launch, "set_current", lambda index: None)
+    monkeypatch.setattr(cuda, "_simple_kernel", lambda source, entry, *_: KERNELS[entry])
+    monkeypatch.setattr(cuda, "_matmul_kernel", lambda *_: (KERNELS["matmul"], 66))
     monkeypatch.setattr(cuda, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
@@ -98,7 +99,7 @@ def test_linear_relu2_sparsify(tokens, launched):
         check_work(launched, tokens)
 
 
-@pytest.mark.parametrize("name", cuda.DEFINES)
+@pytest.mark.parametrize("name", ["sparse_mm", "linear_relu2_sparsify"])
 def test_what_is_brought_in(name, launched):
     """A's rows for whole tiles and for lower ones; B's so that a thread gets neighbouring columns, see tiles.cuh."""
     tokens, columns, depth = 1168, 4608, 576  # 54 tiles of 192 rows, then 18 of 64
@@ -113,7 +114,9 @@ def test_what_is_brought_in(name, launched):
     a_columns, run = cuda.DEFINES[name]["A_COLUMNS"], cuda.DEFINES[name]["RUN"]
     width = depth * a_columns // 64
     *whole_and_lower, (sizes, strides, box) = launched.maps
-    assert whole_and_lower == [[[width, tokens], [2 * width], [a_columns, 64 * height]] for height in (3, 1)]
+    assert whole_and_lower == [
+        [[width, tokens, 1], [2 * width, 2 * width], [a_columns, 64 * height, 1]] for height in (3, 1)
+    ]
     assert sizes[0] == depth and math.prod(sizes[1:]) == columns and box[0] == 64
     assert math.prod(box[1:]) == schedule.TILE_COLUMNS // schedule.CLUSTER
     places = itertools.product(*(range(length) for length in reversed(box[1:])))  # as they lie in shared memory
@@ -121,6 +124,75 @@ def test_what_is_brought_in(name, launched):
     for a, q, b in itertools.product(range(16), range(4), range(2)):  # of all columns 8 a + 2 q + b thread q gets
         s, a_of_run = divmod(a, run // 8)
         assert rows[8 * a + 2 * q + b] == run * s + run // 4 * q + 2 * a_of_run + b
+
+
+def addresses(strides, box):
+    """In elements, of what a box brings in, as it lies in shared memory."""
+    places = itertools.product(*(range(length) for length in reversed(box)))
+    return [sum(at * stride for at, stride in zip(reversed(place), [2, *strides])) // 2 for place in places]
+
+
+@pytest.mark.parametrize("name", ["sparse_mm_mn", "grad_hidden", "feature_wise_mm", "feature_wise_mm_in_order"])
+def test_what_is_brought_in_mn_major(name, launched):
+    """B as [K, N]: 64 rows of K by 64 columns of N, one such block after another. By groups, rows a quarter apart."""
+    depth, columns, rows, whole = 512, 320, 192, [*range(64)]
+    weight = torch.randn(depth, columns).to(BF16)
+    if name == "sparse_mm_mn":
+        packed, metadata = reference.relu2_sparsify(torch.randn(rows, depth).to(BF16))
+        out = cuda.sparse_mm(packed, metadata, weight.t())
+        assert launched.words[:6] == [
+            *[packed.data_ptr()] * 2,
+            weight.data_ptr(),
+            metadata.data_ptr(),
+            0,
+            out.data_ptr(),
+        ]
+    elif name == "grad_hidden":
+        packed, metadata = reference.relu2_sparsify(torch.randn(rows, columns).to(BF16))
+        grad = torch.randn(rows, depth).to(BF16)
+        out = cuda.grad_hidden(grad, weight, packed, metadata)
+        pointers = [tensor.data_ptr() for tensor in (grad, grad, weight, packed, metadata, out)]
+        assert launched.words[:6] == pointers and out.shape == packed.shape
+    else:
+        permuted = name == "feature_wise_mm"
+        packed, metadata, *_ = reference.feature_wise(
+            *reference.relu2_sparsify(torch.randn(depth, rows).to(BF16)), permuted
+        )
+        out = cuda.feature_wise_mm(packed, metadata, weight, permuted)
+        assert out.shape == (rows, columns)
+        assert launched.words[:6] == [
+            *[packed.data_ptr()] * 2,
+            weight.data_ptr(),
+            metadata.data_ptr(),
+            0,
+            out.data_ptr(),
+        ]
+        whole = [j + i * depth // 4 if permuted else 4 * j + i for j in range(16) for i in range(4)]
+        for (_, strides, box), height in zip(launched.maps, (3, 1)):  # A: 32 rows that were kept, by 64 features
+            want = [row * rows + 64 * block + m for block in range(height) for row in range(32) for m in range(64)]
+            assert addresses(strides, box) == want
+    sizes, strides, box = launched.maps[-1]
+    assert math.prod(sizes) == depth * columns
+    assert addresses(strides, box) == [
+        k * columns + 64 * block + n for block in range(2) for k in whole for n in range(64)
+    ]
+    schedule_of = schedule.Shape.from_address(launched.arguments[6])
+    assert (schedule_of.tokens, schedule_of.columns, schedule_of.stages) == (rows, columns, depth // 64)
+
+
+def test_regrouping_and_unpacking(launched):
+    packed, metadata = reference.relu2_sparsify(torch.randn(2, 35, 192).to(BF16))
+    got, want = cuda.feature_wise(packed, metadata, True), reference.feature_wise(packed, metadata, True)
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want] and torch.equal(got[3], want[3])
+    pointers = [tensor.data_ptr() for tensor in (packed, metadata, *got[:3])]
+    assert len(launched.words) == 8 and launched.words == [*pointers, 17, 192, 1]
+    dense = cuda.unpack(packed, metadata)
+    assert dense.shape == (2, 35, 192)
+    assert launched.words[:5] == [packed.data_ptr(), metadata.data_ptr(), dense.data_ptr(), 70, 192]
+    chosen = torch.tensor([3, 190, 3])
+    some = cuda.columns(packed, metadata, chosen)
+    assert some.shape == (2, 35, 3) and launched.words[4:7] == [70, 192, 3]
+    assert launched.words[:4] == [t.data_ptr() for t in (packed, metadata, chosen, some)]
 
 
 def test_each_thread_has_its_own_arguments(launched):
@@ -140,7 +212,7 @@ def test_each_thread_has_its_own_arguments(launched):
 def test_each_thread_makes_the_context_current(launched, monkeypatch):
     """Threads that follow each other have the same identity, as Python counts."""
     current, h = [], torch.randn(8, 64).to(BF16)
-    monkeypatch.setattr(cuda, "_set_current", current.append)
+    monkeypatch.setattr(launch, "set_current", current.append)
     for _ in range(3):
         thread = threading.Thread(target=cuda.relu2_sparsify, args=(h,))
         thread.start()

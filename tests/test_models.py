@@ -151,7 +151,7 @@ def test_reports_name_every_ffn(name):
     assert not report.dense and not report.notes
     graphs = ao_act24.capture_graphs(model, input_ids=ids, use_cache=False)
     assert len(graphs.after) == len(graphs.backward) == 1
-    for stage, op in (("after", "sparse_mm"), ("forward", "sparse_mm"), ("backward", "sampled_mm")):
+    for stage, op in (("after", "relu2_ffn"), ("forward", "relu2_ffn"), ("backward", "grad_hidden")):
         assert getattr(graphs, stage)[0].count(f"ao_act24.{op}(") == LAYERS
     assert "ao_act24." not in graphs.before[0]
 

@@ -1,6 +1,6 @@
 // Which two of four to keep, for two groups at once: one in the low and one in the high halves of words.
 //
-// For a group k0 k1 k2 k3 (relu already applied, so the bits order as integers) the two largest, ties to the lower index:
+// For a group k0 k1 k2 k3 (no sign bits, so that bits order as integers) the two largest, ties to the lower index:
 //   {0, 1}  if min(k0, k1) >= max(k2, k3)
 //   {2, 3}  if min(k2, k3) >  max(k0, k1)
 //   else the larger of each half: k0 if k0 >= k1, k2 if k2 >= k3.
@@ -18,20 +18,34 @@ __device__ __forceinline__ u32 spread(u32 word) { return permute_bytes<0xBB99>(w
 
 __device__ __forceinline__ u32 choose(u32 mask, u32 yes, u32 no) { return (yes & mask) | (no & ~mask); }
 
+// Which two were chosen: bits of idx0 and idx1, each in the top bit of a half.
+struct Two {
+  u32 low0, high0, low1, high1;
+
+  __device__ __forceinline__ u32 codes() const {  // 4 bits of each half
+    return (low0 & TOP) >> 15 | (high0 & TOP) >> 14 | (low1 & TOP) >> 13 | (high1 & TOP) >> 12;
+  }
+  __device__ __forceinline__ u32 first(u32 v0, u32 v1, u32 v2) const {
+    return choose(spread(high0), v2, choose(spread(low0), v1, v0));
+  }
+  __device__ __forceinline__ u32 second(u32 v1, u32 v2, u32 v3) const {
+    return choose(spread(high1), choose(spread(low1), v3, v2), v1);
+  }
+};
+
+__device__ __forceinline__ Two two_of_four(u32 k0, u32 k1, u32 k2, u32 k3) {
+  const u32 max01 = __vmaxu2(k0, k1), min01 = __vminu2(k0, k1), max23 = __vmaxu2(k2, k3), min23 = __vminu2(k2, k3);
+  const u32 both01 = at_least(min01, max23), not23 = at_least(max01, min23);
+  const u32 first0 = at_least(k0, k1), first2 = at_least(k2, k3);
+  return {~first0 & ~both01 & not23, ~not23, both01 | ~first2 | ~not23, ~both01};
+}
+
 struct Kept {
   u32 first, second;  // squared
   u32 codes;          // 4 bits of each half
 };
 
 __device__ __forceinline__ Kept keep_two_of_four(u32 k0, u32 k1, u32 k2, u32 k3) {
-  const u32 max01 = __vmaxu2(k0, k1), min01 = __vminu2(k0, k1), max23 = __vmaxu2(k2, k3), min23 = __vminu2(k2, k3);
-  const u32 both01 = at_least(min01, max23), not23 = at_least(max01, min23);
-  const u32 first0 = at_least(k0, k1), first2 = at_least(k2, k3);
-  // The bits of idx0 and idx1, each in the top bit of a half.
-  const u32 low0 = ~first0 & ~both01 & not23, high0 = ~not23;
-  const u32 low1 = both01 | ~first2 | ~not23, high1 = ~both01;
-  const u32 value0 = choose(spread(high0), k2, choose(spread(low0), k1, k0));
-  const u32 value1 = choose(spread(high1), choose(spread(low1), k3, k2), k1);
-  const u32 codes = (low0 & TOP) >> 15 | (high0 & TOP) >> 14 | (low1 & TOP) >> 13 | (high1 & TOP) >> 12;
-  return {square(value0), square(value1), codes};
+  const Two two = two_of_four(k0, k1, k2, k3);
+  return {square(two.first(k0, k1, k2)), square(two.second(k1, k2, k3)), two.codes()};
 }

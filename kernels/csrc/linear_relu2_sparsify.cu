@@ -15,21 +15,7 @@ struct LinearRelu2Sparsify {
   const Shape& shape;
 
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
-#pragma unroll 1
-    for (int i = 0; i < shape.stages; ++i) {
-      const u32 stage = ring.stages + ring.at * STAGE_BYTES;
-      const u64 a = matrix_descriptor<128>(stage + thread_index() / 128 * (64 * K * 2)), b = matrix_descriptor<128>(stage + A_BYTES);
-      ring.wait();
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) wgmma_dense(d, a + step * (32 >> 4), b + step * (32 >> 4));
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (i > 0) ring.release(ring.previous());
-      ring.next();
-    }
-    wgmma_wait<0>();
-    ring.release(ring.previous());
+    multiply_dense(d, ring, shape.stages);
   }
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {

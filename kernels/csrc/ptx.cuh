@@ -92,13 +92,13 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// --- bulk tensor copies: a box of a two-dimensional tensor into shared memory, zeros where it lies outside
+// --- bulk tensor copies: a box of a tensor of three dimensions into shared memory, zeros where it lies outside
 
-__device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int column, int row, u32 barrier) {
+__device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int i0, int i1, int i2, u32 barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
           shared),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      "l"(&map), "r"(i0), "r"(i1), "r"(i2), "r"(barrier)
       : "memory");
 }
 
@@ -134,9 +134,17 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
-// Describes a tile in shared memory, rows of `SWIZZLE` bytes along K, swizzled by that much (64 or 128).
+// Describes a tile in shared memory that is MN-major: rows of 64 along M or N, swizzled by 128 bytes; `BLOCK` bytes further on
+// the next 64.
+template <int BLOCK>
+__device__ __forceinline__ u64 mn_major_descriptor(u32 shared) {
+  const u64 eight_rows = (8 * 128) >> 4;
+  return (1ull << 62) | (eight_rows << 32) | ((u64)(BLOCK >> 4) << 16) | ((shared & 0x3FFFF) >> 4);
+}
+
+// The same of one that is K-major: rows of `SWIZZLE` bytes along K, swizzled by that much (64 or 128).
 template <int SWIZZLE>
-__device__ __forceinline__ u64 matrix_descriptor(u32 shared) {
+__device__ __forceinline__ u64 k_major_descriptor(u32 shared) {
   const u64 eight_rows = (8 * SWIZZLE) >> 4;
   return ((u64)(SWIZZLE == 128 ? 1 : 2) << 62) | (eight_rows << 32) | (1ull << 16) | ((shared & 0x3FFFF) >> 4);
 }
@@ -146,31 +154,36 @@ __device__ __forceinline__ u64 matrix_descriptor(u32 shared) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLOATS_32(i) EIGHT_FLOATS(i), EIGHT_FLOATS(i + 8), EIGHT_FLOATS(i + 16), EIGHT_FLOATS(i + 24)
 
-// d (64 x 256) += A (64 x 32, two of four stored) * B (256 x 32)^T. SELECTOR: which two threads of four give metadata.
+// d (64 x 256) += A (64 x 32, two of four stored) * B (256 x 32)^T. SELECTOR: which two threads of four give metadata. A_MAJOR, B_MAJOR:
+// 1 where A or B is MN-major.
 // d must start from plain zeros: an initial value from elsewhere makes ptxas run all products one by one (C7510).
-template <int SELECTOR>
+template <int SELECTOR, int A_MAJOR, int B_MAJOR>
 __device__ __forceinline__ void wgmma_sparse(float (&d)[128], u64 a, u64 b, u32 metadata) {
   asm volatile(
       "{.reg .pred p; setp.eq.u32 p, 0, 0;\n"
       "wgmma.mma_async.sp.sync.aligned.m64n256k32.f32." ELEMENT "." ELEMENT
       " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
-      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, %130, %131, p, 1, 1, 0, 0;}"
+      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, %130, %131, p, 1, 1, %132, %133;}"
       : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64), FLOATS_32(96)
-      : "l"(a), "l"(b), "r"(metadata), "n"(SELECTOR));
+      : "l"(a), "l"(b), "r"(metadata), "n"(SELECTOR), "n"(A_MAJOR), "n"(B_MAJOR));
 }
 
 // d (64 x 256) += A (64 x 16) * B (256 x 16)^T.
+template <int A_MAJOR, int B_MAJOR>
 __device__ __forceinline__ void wgmma_dense(float (&d)[128], u64 a, u64 b) {
   asm volatile(
       "{.reg .pred p; setp.eq.u32 p, 0, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." ELEMENT "." ELEMENT
       " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
-      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, p, 1, 1, 0, 0;}"
+      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, p, 1, 1, %130, %131;}"
       : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64), FLOATS_32(96)
-      : "l"(a), "l"(b));
+      : "l"(a), "l"(b), "n"(A_MAJOR), "n"(B_MAJOR));
 }
 
 // --- two 16-bit floats in a word
+
+// Above infinity: all NaNs count as this much.
+constexpr u32 MOST = sizeof(ELEMENT) == sizeof("bf16") ? 0x7F817F81u : 0x7C017C01u;
 
 __device__ __forceinline__ u32 pack_floats(float low, float high) {
   u32 word;

@@ -4,6 +4,7 @@
 // Compile-time: ELEMENT ("bf16" or "f16").
 
 #include "keep.cuh"
+#include "layout.cuh"
 
 // Of eight neighbours: four kept values in two words, and two codes in a byte.
 struct Packed {
@@ -16,12 +17,6 @@ __device__ __forceinline__ Packed pack(u32 w0, u32 w1, u32 w2, u32 w3) {
                                      permute_bytes<0x7632>(w1, w3));
   return {permute_bytes<0x5410>(kept.first, kept.second), permute_bytes<0x7632>(kept.first, kept.second),
           (kept.codes | kept.codes >> 12) & 0xFF};
-}
-
-// Where metadata keeps the codes of 16 columns of rows g and g + 8 of a block: a word of it. See layout.py.
-__device__ __forceinline__ i64 metadata_word(i64 block, i64 padded_columns, int g, i64 column) {
-  const int q = column / 16 % 4, word = column / 64 % 4;
-  return (block * (padded_columns / 256) + column / 256) * 128 + (g * 4 + q) * 4 + word;
 }
 
 // Rows of whole sixteens, 16 bytes aligned. A thread packs 16 columns of rows g and g + 8 of a block of 16 rows, gridDim.y

@@ -1,4 +1,7 @@
 // out[T, D] = unpack(packed[T, H/2], metadata) @ weight[D, H]^T + bias[D], 16-bit floats, fp32 accumulation. See tiles.cuh.
+//
+// With B_MN, weight is [H, D] and there is no bias: the gradient of x. With A_MN besides, packed is [T/2, H], metadata [H, T], weight
+// [T, D] and out [H, D], two of every four tokens being kept for each feature: the gradient of a weight.
 
 #include "tiles.cuh"
 
@@ -20,13 +23,12 @@ struct SparseMM {
       next = load_metadata(metadata + at);
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        const u32 stage = ring.stages + ring.at * STAGE_BYTES;
-        const u64 a = matrix_descriptor<64>(stage + thread_index() / 128 * (64 * K)), b = matrix_descriptor<128>(stage + A_BYTES);
+        const u64 a = a_descriptor(ring), b = b_descriptor(ring);
         ring.wait();
         wgmma_fence();
         // Threads 0 and 1 of a quad hold the first step's codes, of columns 0-15 and 16-31, threads 2 and 3 the second's.
-        wgmma_sparse<0>(d, a, b, codes[part]);
-        wgmma_sparse<1>(d, a + (32 >> 4), b + (64 >> 4), codes[part]);
+        wgmma_sparse<0, A_MN, B_MN>(d, a, b, codes[part]);
+        wgmma_sparse<1, A_MN, B_MN>(d, a + A_STEP, b + B_STEP, codes[part]);
         wgmma_commit();
         // A stage may be filled again once it has been read. The metadata's registers may be written again only when all is
         // done: wgmma reads them while it runs, and the compiler does not know.
@@ -46,7 +48,7 @@ struct SparseMM {
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
       const int column = RUN / 8 * i;
       if (tile.column + column >= shape.columns) return;
-      const uint4 biases = bias == nullptr ? uint4() : __ldg((const uint4*)(bias + place.column + column));
+      const uint4 biases = B_MN || bias == nullptr ? uint4() : __ldg((const uint4*)(bias + place.column + column));
       const u32 two[4] = {biases.x, biases.y, biases.z, biases.w};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -56,6 +58,7 @@ struct SparseMM {
           const float* v = d + 2 * i + 4 * a + 2 * half;
           words[a] = pack_floats(v[0] + low_float(two[a]), v[1] + high_float(two[a]));
         }
+        if (B_MN) exchange(words);
         if (place.row + 8 * half >= shape.tokens) continue;
         store_four(line + 8 * half * (i64)shape.columns + column, make_uint4(words[0], words[1], words[2], words[3]));
       }

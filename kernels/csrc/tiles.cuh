@@ -6,13 +6,17 @@
 //
 // Blocks are persistent. schedule.py chooses the heights and the number of clusters, so that all end at about the same time.
 //
-// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES of the ring, RUN (below), A_COLUMNS as stored, a stage.
+// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES of the ring, RUN (below), A_COLUMNS as stored, a stage, A_MN, B_MN, GROUP.
 //
 // wgmma leaves columns 8a + 2q and 8a + 2q + 1 with thread q of a quad. B's rows are brought in in another order, which costs
 // nothing, the copy engine taking them as an array of five dimensions: of every RUN, 32 or 64, row RUN / 4 q + 2a + b comes to
 // lie at 8a + 2q + b. So thread q ends with a quarter of every RUN columns, in rows g and g + 8: d[RUN / 2 s + 4 a + b] and, of
 // row g + 8, d[RUN / 2 s + 4 a + b + 2] is column RUN s + RUN / 4 q + 2 a + b. It stores whole vectors and exchanges nothing.
 // N % 64 == 0.
+//
+// That is how it is where B lies in memory as [N, K]. Where it lies as [K, N] (B_MN), rows of N cannot be put in another order, and
+// quads exchange what they have to store. With GROUP = 4, K is not in order: of rows j, j + Q, j + 2 Q, j + 3 Q, a quarter of K
+// apart, one comes after the other. A may also lie as [K, M] (A_MN).
 #pragma once
 
 #include "ptx.cuh"
@@ -20,6 +24,8 @@
 
 constexpr int K = 64;  // columns a stage, not counting that A may be stored 2:4
 constexpr int A_BYTES = TILE_M * A_COLUMNS * 2, B_BYTES = TILE_N * K * 2, STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int STEPS = A_COLUMNS / 16, STEP_K = K / STEPS;  // products a stage
+constexpr u64 A_STEP = (A_MN ? 16 * 128 : 32) >> 4, B_STEP = (B_MN ? STEP_K * 128 : STEP_K * 2) >> 4;  // in descriptors
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
 
 // The tile at `position` among those of this cluster; false beyond the last.
@@ -55,10 +61,61 @@ struct Ring {
 // below take and give what they need before they use it.
 #define MATMUL extern "C" __global__ void __maxnreg__(CONSUMER_REGISTERS) __cluster_dims__(CLUSTER, 1, 1)
 
+__device__ __forceinline__ void bring_a(u32 a, const TensorMap& map, u32 ready, int k, const Tile& tile) {
+  if (A_MN) copy_box(a, map, 0, k * A_COLUMNS, tile.row / 64, ready);
+  else copy_box(a, map, k * A_COLUMNS, tile.row, 0, ready);
+}
+
 // This block's part of B's tile, into all blocks of the cluster.
 __device__ __forceinline__ void bring_b(u32 b, const TensorMap& map, u32 ready, int k, const Tile& tile, u32 rank) {
   const int column = tile.column + rank * (TILE_N / CLUSTER);
-  copy_box_to((1 << CLUSTER) - 1, b + rank * (B_BYTES / CLUSTER), map, k * K, 0, 0, 0, column / RUN, ready);
+  const u32 to = b + rank * (B_BYTES / CLUSTER);
+  if (B_MN) copy_box_to((1 << CLUSTER) - 1, to, map, 0, 0, k * (K / GROUP), column / 64, 0, ready);
+  else copy_box_to((1 << CLUSTER) - 1, to, map, k * K, 0, 0, 0, column / RUN, ready);
+}
+
+// Of the rows of this thread's warpgroup.
+__device__ __forceinline__ u64 a_descriptor(const Ring& ring) {
+  const u32 rows = ring.stages + ring.at * STAGE_BYTES + thread_index() / 128 * (A_BYTES / WARPGROUPS);
+  return A_MN ? mn_major_descriptor<A_BYTES / WARPGROUPS>(rows) : k_major_descriptor<A_COLUMNS * 2>(rows);
+}
+
+__device__ __forceinline__ u64 b_descriptor(const Ring& ring) {
+  const u32 b = ring.stages + ring.at * STAGE_BYTES + A_BYTES;
+  return B_MN ? mn_major_descriptor<K * 128>(b) : k_major_descriptor<K * 2>(b);
+}
+
+// All of a tile's products where A is dense.
+__device__ __forceinline__ void multiply_dense(float (&d)[TILE_N / 2], Ring& ring, int stages) {
+#pragma unroll 1
+  for (int i = 0; i < stages; ++i) {
+    const u64 a = a_descriptor(ring), b = b_descriptor(ring);
+    ring.wait();
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) wgmma_dense<A_MN, B_MN>(d, a + step * A_STEP, b + step * B_STEP);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (i > 0) ring.release(ring.previous());
+    ring.next();
+  }
+  wgmma_wait<0>();
+  ring.release(ring.previous());
+}
+
+// Thread q of a quad gets word q of each of its four threads, in their order.
+__device__ __forceinline__ void exchange(u32 (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = thread_index() & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const u32 got = __shfl_xor_sync(~0u, upper ? words[i] : words[i + bit], bit);
+      if (upper) words[i] = got;
+      else words[i + bit] = got;
+    }
+  }
 }
 
 // Where a thread's results belong: row g (and g + 8), and its first column.
@@ -99,7 +156,7 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
           const u32 a = ring.stages + ring.at * STAGE_BYTES, b = a + A_BYTES;
           barrier_wait(ring.empty(), ring.phase ^ 1);  // the first round finds all empty
           barrier_expect_bytes(ring.full(), A_BYTES / WARPGROUPS * tile.height + B_BYTES);
-          copy_box(a, a_map, k * A_COLUMNS, tile.row, ring.full());
+          bring_a(a, a_map, ring.full(), k, tile);
           bring_b(b, kernel.b_map, ring.full(), k, tile, cluster_rank());
           ring.next();
         }
