@@ -4,6 +4,7 @@ model = torch.compile(model, backend="ao_act24")     # a backend; nothing to imp
 ao_act24.sparsify_(model)                             # or in place, for eager use and any other backend
 print(ao_act24.explain(model, *inputs))               # what is rewritten, what is not, and why
 print(ao_act24.measure(model, *inputs))               # what it does to the model's numbers
+schedule = ao_act24.Schedule(model)                   # training: dense for the first steps, then 2:4
 """
 
 from pathlib import Path
@@ -27,6 +28,7 @@ from ao_act24.explain import explain  # noqa: E402
 from ao_act24.graphs import CapturedGraphs, capture_graphs  # noqa: E402
 from ao_act24.measure import Layer, Measurement, measure  # noqa: E402
 from ao_act24.passes import Act24Warning, Report, Verdict  # noqa: E402
+from ao_act24.phases import Schedule  # noqa: E402
 from ao_act24.tensor import Sparse24Tensor  # noqa: E402
 from ao_act24.transform import sparsify_, unsparsify_  # noqa: E402
 
@@ -39,6 +41,7 @@ __all__ = [
     "Layer",
     "Measurement",
     "Report",
+    "Schedule",
     "Sparse24Tensor",
     "Verdict",
     "autograd",

@@ -16,6 +16,7 @@ from ao_act24 import notice
 from ao_act24.config import Act24Config, checked
 from ao_act24.fingerprint import source_digest
 from ao_act24.passes import fuse, rewrite_graph
+from ao_act24.phases import PHASE
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Act24Pass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Identifies the settings and every source file, gradients and fakes included, in torch's compile caches."""
-        return f"ao_act24 {source_digest()} {self.config!r}"
+        return f"ao_act24 {source_digest()} {self.config!r} {'dense' * PHASE.dense}"
 
 
 @dataclass(frozen=True)

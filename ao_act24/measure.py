@@ -15,6 +15,7 @@ from ao_act24.kernels import reference
 from ao_act24.passes import Verdict, graph_modules, rewrite_graph
 from ao_act24.passes.find import Site, find_sites
 from ao_act24.passes.report import as_text, describe
+from ao_act24.phases import ignored
 
 
 @dataclass
@@ -137,7 +138,7 @@ def measure(
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of the model's output, got {type(loss).__name__}")
     layers: dict[tuple[Any, ...], Layer] = {}
-    with _Progress() as progress, torch.no_grad():
+    with _Progress() as progress, torch.no_grad(), ignored():
         dense = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=False))
         sparse = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=True))
     if not layers:

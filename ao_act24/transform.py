@@ -28,6 +28,7 @@ from ao_act24.config import Act24Config, checked
 from ao_act24.kernels import cuda
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
 from ao_act24.passes.vocabulary import is_our_op
+from ao_act24.phases import ignored
 from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
 from ao_act24.when import why_dense
 
@@ -57,7 +58,8 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
     if hasattr(model, "_orig_mod"):
         raise TypeError("model must not be compiled yet: call sparsify_ first, then torch.compile")
     verdicts: list[Verdict] = []
-    _visit(model, "", checked(config), verdicts)
+    with ignored():  # the phase is asked for at each call
+        _visit(model, "", checked(config), verdicts)
     if not any(map(_is_sparsified, model.modules())):
         reasons = "; ".join(sorted({v.reason for v in verdicts})) or "no Linear→ReLU²→Linear block could be traced"
         message = f"ao_act24.sparsify_ rewrote nothing: {reasons}. ao_act24.explain(model, *inputs) lists every site."

@@ -19,6 +19,7 @@ Few tokens also bind both matmuls to reading the weights, which 2:4 activations 
 
 from ao_act24.kernels import cuda
 from ao_act24.kernels.schedule import TILE_COLUMNS
+from ao_act24.phases import PHASE
 
 MIN_TOKENS = 1024
 MIN_PRODUCT = 2**36  # tokens * model_dim * hidden_dim: multiplications of one dense matmul
@@ -34,6 +35,8 @@ def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, c
     The CPU always runs the reference; so does all with ``emulate``. Comparing a SymInt installs a guard: one model then
     owns a dense and a 2:4 graph.
     """
+    if PHASE.dense:
+        return "the schedule has a dense phase now"
     if device.type in ("cpu", "meta") or config.emulate:
         return ""
     reason = cuda.why_not(device, dtype) or _why_slower(tokens, model_dim, hidden_dim, in_rows, training)

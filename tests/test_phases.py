@@ -1,0 +1,146 @@
+"""Schedules: dense steps, then 2:4 ones, each phase compiled once."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import relative_error, relu2_24
+from torch import nn
+from torch._dynamo.utils import counters
+
+import ao_act24
+from ao_act24 import Schedule
+from ao_act24.phases import PHASE
+
+
+class FFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return x + self.down(F.relu(self.up(x)).square())
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    from ao_act24 import phases
+
+    if phases._open:
+        phases._open.close()
+
+
+def model():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return nn.Sequential(FFN(), FFN())
+
+
+def in_24(ffns, x):
+    for ffn in ffns:
+        x = x + ffn.down(relu2_24(ffn.up(x)))
+    return x
+
+
+@pytest.mark.parametrize("way", ["backend", "regions", "sparsify_", "both"])
+def test_phases(way):
+    ffns = model()
+    schedule = Schedule(ffns, warmup_steps=2, dense_from=5)
+    if way in ("sparsify_", "both"):
+        ao_act24.sparsify_(ffns)
+    run = ffns
+    if way in ("backend", "both"):
+        run = torch.compile(ffns, backend="ao_act24", fullgraph=True)
+    if way == "regions":
+        for ffn in ffns:
+            ffn.compile(backend="ao_act24", fullgraph=True)
+    x, phases, compiled = torch.randn(6, 8), [], []
+    optimizer = torch.optim.SGD(ffns.parameters(), lr=1e-3)
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ao_act24.Act24Warning)  # that a dense phase is dense is no news
+        for _ in range(7):
+            assert schedule.dense == PHASE.dense
+            for part in x.split(3):  # gradients accumulate within a phase
+                run(part).square().sum().backward()
+            with torch.no_grad():
+                out = run(x)
+            sparse = in_24(ffns, x)
+            phases.append(relative_error(out, sparse) < 1e-6)
+            compiled.append(counters["stats"]["unique_graphs"])
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    assert phases == [False] * 2 + [True] * 3 + [False] * 2
+    new = [later - earlier for earlier, later in itertools.pairwise(compiled)]
+    assert not any(new[:1] + new[2:]), "each phase is compiled once"
+    assert new[1] > 0 or way == "sparsify_"
+
+
+def test_a_resumed_run_gives_the_same_losses(tmp_path):
+    data = torch.randn(6, 16, 8)
+
+    def start():
+        ffns = model()
+        return ffns, torch.compile(ffns, backend="ao_act24", fullgraph=True)
+
+    def train(ffns, run, schedule, optimizer, part):
+        losses = []
+        for x in part:
+            loss = run(x).square().mean()
+            loss.backward()
+            losses.append(float(loss))
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        return losses
+
+    ffns, run = start()
+    schedule, optimizer = Schedule(ffns, warmup_steps=4), torch.optim.AdamW(ffns.parameters(), lr=1e-2)
+    want = train(ffns, run, schedule, optimizer, data[:3])
+    parts = {"ffns": ffns, "optimizer": optimizer, "schedule": schedule}
+    torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "checkpoint")
+    want += train(ffns, run, schedule, optimizer, data[3:])
+    schedule.close()
+
+    ffns, run = start()
+    schedule, optimizer = Schedule(ffns, warmup_steps=4), torch.optim.AdamW(ffns.parameters(), lr=1e-2)
+    kept = torch.load(tmp_path / "checkpoint")
+    for name, part in {"ffns": ffns, "optimizer": optimizer, "schedule": schedule}.items():
+        part.load_state_dict(kept[name])
+    assert schedule.steps == 3
+    assert train(ffns, run, schedule, optimizer, data[3:]) == want[3:]
+
+
+def test_reports():
+    ffns, x = model(), torch.randn(6, 8)
+    Schedule(ffns)
+    report = ao_act24.explain(ffns, x)
+    assert [verdict.reason for verdict in report] == ["the schedule has a dense phase now"] * 2
+    assert ao_act24.measure(ffns, x, loss=lambda out: out.sum()).layers[0].dropped > 0, "measure looks at 2:4"
+    assert PHASE.dense
+
+
+def test_errors():
+    ffns = model()
+    for arguments, message in (
+        ({"warmup_steps": -1}, "warmup_steps must be an integer from 0 on, got -1"),
+        ({"warmup_steps": 2.5}, "warmup_steps must be an integer from 0 on, got 2.5"),
+        ({"warmup_steps": 10, "dense_from": 9}, "dense_from must be an integer from 10 on, got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Schedule(ffns, **arguments)
+    schedule = Schedule(ffns)
+    with pytest.raises(RuntimeError, match=r"another .* is open"):
+        Schedule(ffns)
+    with pytest.raises(ValueError, match="steps must be an integer"):
+        schedule.load_state_dict({"steps": None})
+    schedule.close()
+    assert not PHASE.dense and not ffns._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="closed"):
+        schedule.step()
+    Schedule(ffns, warmup_steps=0)
+    assert not PHASE.dense
