@@ -1,8 +1,8 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: 7 to 8 minutes
+    python benchmarks/hopper.py                  the whole table and its plots: some 10 minutes
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: under 2 minutes
-    python benchmarks/hopper.py --only kernels   one part of three (kernels, ffn, tokens); the file keeps the others
+    python benchmarks/hopper.py --only kernels   one of kernels, ffn, tokens, training; the file keeps the others
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import Meter, record
-from summary import FFN_SHAPES, MATMUL_SHAPES, Row, Shape, named, shape_of, show, summary
+from summary import FFN_SHAPES, MATMUL_SHAPES, TRAINING_SHAPES, Row, Shape, named, shape_of, show, summary
 from torch import Tensor, nn
 
 import ao_act24
@@ -243,6 +243,39 @@ def whole_ffn(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         yield placed(in_turn(runs, seconds, rounds, meter), shape, zeros)
 
 
+def training(quick: bool, meter: Meter) -> Iterator[list[Row]]:
+    """The FFN forward and backward, and the backward alone, with both ways to compute the gradients of weights.
+
+    2:4 is forced, for the rule keeps training dense. The backward alone is what both take beyond the forward, in each
+    round: compiled graphs may overwrite what they saved, so that no backward can run twice.
+    """
+    for shape in TRAINING_SHAPES[:1] if quick else TRAINING_SHAPES:
+        ffn, x = ffn_and_input(shape, 90)
+        leaves, grad = [x, *ffn.parameters()], torch.randn_like(x)
+        variants: dict[str, dict[str, Any]] = (
+            {"dense": {}} if quick else {"dense": {}, "dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
+        )
+        for name, how in (("2:4 exact", "dense"), ("2:4 sparse", "sparse")):
+            config = ao_act24.Act24Config(emulate=True, weight_grads=how)  # type: ignore[arg-type]
+            variants[name] = {"backend": ao_act24.Act24Backend(config)}
+        with torch.enable_grad():
+            for leaf in leaves:
+                leaf.requires_grad_()
+            runs: Runs = {}
+            for name, forward in compiled(ffn, x, **variants).items():
+                runs[f"forward {name}"] = forward
+                runs[name] = functools.partial(step, forward, leaves, grad)
+            timed = in_turn(runs, 0.5 if quick else 1.0, 3, meter)
+        for name in variants:
+            samples = zip(timed[name]["samples"], timed[f"forward {name}"]["samples"])
+            timed[f"backward {name}"] = row(f"backward {name}", "ms", [both - forward for both, forward in samples])
+        yield placed(timed, shape, 90)
+
+
+def step(forward: Callable[[], object], leaves: list[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(forward(), leaves, grad)  # type: ignore[arg-type]
+
+
 def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The FFN by number of tokens: dense, what the rule chooses, and 2:4 always; each also in a CUDA graph.
 
@@ -276,7 +309,7 @@ def placed(timed: dict[str, Row], shape: Shape, zeros: int) -> list[Row]:
     return [{"what": found["what"], **at, "zeros": zeros, **found} for found in timed.values()]
 
 
-PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens}
+PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "training": training}
 
 
 def line(found: Row) -> str:

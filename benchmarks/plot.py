@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from summary import AIM, FFN_SHAPES, LEAST_FEW, MATMUL_SHAPES, MOST_TOKENS, REQUIRED, Shape, best_dense, ratio, rows
+from summary import AIM, FFN_SHAPES, LEAST_FEW, MATMUL_SHAPES, MOST_TOKENS, REQUIRED, Shape, best, ratio, rows
 
 COLOURS = ("#0b6e4f", "#d0782a")
 REQUIRED_COLOUR, AIM_COLOUR = "#c1121f", "#6c757d"
@@ -34,7 +34,7 @@ def speed(result: dict[str, Any]) -> Figure:
         bounds(left, shapes, figure_name, number, len(over))
     finish(left, "Second matmul in 2:4", "times as fast")
     shapes = [shape for shape in FFN_SHAPES if shape in ffns]
-    reached = [ratio(ffns[shape], best_dense(ffns[shape])["what"]) for shape in shapes]
+    reached = [ratio(ffns[shape], best(ffns[shape])["what"]) for shape in shapes]
     bars(right, labels(shapes), {"over torch.compile": reached})
     bounds(right, shapes, "FFN over torch.compile", 0, 1)
     finish(right, "Whole FFN, forward", "")

@@ -1,8 +1,9 @@
 """The figures that were asked for, from a result of ``hopper.py``: ``python benchmarks/summary.py RESULT.json``.
 
-A result has up to three parts, ``kernels``, ``ffn`` and ``tokens``, each with the ``record`` of its run and ``rows``.
-A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros`` (percent), ``samples`` (one a
-round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they could be measured.
+A result has up to four parts, ``kernels``, ``ffn``, ``tokens`` and ``training``, each with the ``record`` of its run
+and its ``rows``. A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros`` (percent),
+``samples`` (one a round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they
+could be measured.
 """
 
 import argparse
@@ -17,11 +18,14 @@ Shape = tuple[int, int, int]  # tokens, model_dim, hidden_dim
 
 FFN_SHAPES: list[Shape] = [(8192, 2048, 8192), (8192, 4096, 16384), (32768, 4096, 16384)]
 MATMUL_SHAPES: list[Shape] = [*FFN_SHAPES, (8192, 8192, 32768)]
+TRAINING_SHAPES: list[Shape] = [(16384, 2048, 8192), (8192, 4096, 16384), (32768, 4096, 16384)]
 REQUIRED: dict[str, dict[Shape, float]] = {
     "matmul over cuBLAS": {(8192, 4096, 16384): 1.42, (32768, 4096, 16384): 1.52},
     "matmul over cuSPARSELt": dict.fromkeys(MATMUL_SHAPES, 1.03),
     "packing over a copy, bytes/s": dict.fromkeys(MATMUL_SHAPES, 0.88),
     "FFN over torch.compile": dict(zip(FFN_SHAPES, (1.12, 1.12, 1.18))),
+    "FFN forward and backward over torch.compile, sparse gradients of weights": dict.fromkeys(TRAINING_SHAPES, 1.12),
+    "FFN backward over torch.compile, sparse gradients of weights": dict.fromkeys(TRAINING_SHAPES, 1.12),
 }
 AIM = {
     "matmul over cuBLAS": 1.60,
@@ -29,6 +33,8 @@ AIM = {
     "packing over a copy, bytes/s": 0.93,
     "FFN over torch.compile": 1.25,
     "FFN energy, dense over 2:4": 1.25,
+    "FFN forward and backward over torch.compile, sparse gradients of weights": 1.25,
+    "FFN backward over torch.compile, sparse gradients of weights": 1.28,
 }
 MOST_TOKENS = 2048  # up to which few tokens must not be slower than dense
 LEAST_FEW, MOST_HOST_US = 0.98, 15.0
@@ -51,9 +57,9 @@ def rows(result: dict[str, Any], part: str, zeros: int = 90) -> dict[Shape, dict
     return found
 
 
-def best_dense(timed: dict[str, Row]) -> Row:
+def best(timed: dict[str, Row], prefix: str = "dense") -> Row:
     """Of ``torch.compile``'s modes the faster one."""
-    return min((row for what, row in timed.items() if what.startswith("dense")), key=lambda row: row["median"])
+    return min((row for what, row in timed.items() if what.startswith(prefix)), key=lambda row: row["median"])
 
 
 def ratio(timed: dict[str, Row], baseline: str, ours: str = "2:4") -> float | None:
@@ -96,11 +102,17 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
         add_ratio("packing over a copy, bytes/s", shape, timed["pack"]["TB/s"] / timed["copy"]["TB/s"])
     ffns = rows(result, "ffn")
     for shape, timed in ffns.items():
-        add_ratio("FFN over torch.compile", shape, ratio(timed, best_dense(timed)["what"]))
+        add_ratio("FFN over torch.compile", shape, ratio(timed, best(timed)["what"]))
     for shape, timed in ffns.items():
-        dense, sparse = best_dense(timed)["joules"], timed["2:4"]["joules"]
+        dense, sparse = best(timed)["joules"], timed["2:4"]["joules"]
         if dense is not None and sparse is not None:
             add_ratio("FFN energy, dense over 2:4", shape, dense / sparse)
+    for shape, timed in rows(result, "training").items():
+        for prefix, part in (("", "forward and backward"), ("backward ", "backward")):
+            dense = best(timed, f"{prefix}dense")["what"]
+            for how in ("exact", "sparse"):
+                figure = f"FFN {part} over torch.compile, {how} gradients of weights"
+                add_ratio(figure, shape, ratio(timed, dense, f"{prefix}2:4 {how}"))
     by_tokens = rows(result, "tokens")
     for how in ("", " graph"):
         few = [

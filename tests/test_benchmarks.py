@@ -44,15 +44,24 @@ def made_up():
     for shape, chosen in ((HOST, 0.1), ((1024, 4096, 16384), 0.12), ((4096, 4096, 16384), 0.05)):
         tokens += timed(shape, dense=0.1, chosen=chosen, x24=0.2, dense_graph=0.1, chosen_graph=0.1, x24_graph=0.1)
     tokens += timed(HOST, host_dense=50, host_x24=70, host_graph_dense=6, host_graph_x24=7)
-    parts = {"kernels": kernels, "ffn": ffns, "tokens": tokens}
+    training = timed(FFN_SHAPES[1], dense=6, dense_tuned=5, x24_exact=4.5, x24_sparse=4)
+    training += timed(
+        FFN_SHAPES[1], backward_dense=4, backward_dense_tuned=4.5, backward_x24_exact=3, backward_x24_sparse=2
+    )
+    parts = {"kernels": kernels, "ffn": ffns, "tokens": tokens, "training": training}
     return {part: {"record": {"gpu": "made up"}, "rows": rows} for part, rows in parts.items()}
 
 
 def test_summary(made_up, capsys):
     figures = summary(made_up)
     reached = {(row["figure"], row["at"]): (row["reached"], row["required"], row["met"]) for row in figures}
-    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2
     middle = "8192 × 4096 × 16384"
+    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4
+    both = "FFN forward and backward over torch.compile"
+    assert reached[f"{both}, exact gradients of weights", middle] == (pytest.approx(5 / 4.5), None, None)
+    assert reached[f"{both}, sparse gradients of weights", middle] == (pytest.approx(5 / 4), 1.12, True)
+    backward = "FFN backward over torch.compile, sparse gradients of weights"
+    assert reached[backward, middle] == (pytest.approx(2), 1.12, True)
     assert reached["matmul over cuBLAS", middle] == (1.5, 1.42, True)
     assert reached["matmul over cuBLAS", "8192 × 2048 × 8192"] == (1.5, None, None)
     assert reached["matmul over cuSPARSELt", middle] == (1.02, 1.03, False)

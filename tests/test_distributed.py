@@ -1,0 +1,76 @@
+"""Training on two processes: DDP and FSDP2 over gloo, against one process with all of the data."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from oracle import relative_error, relu2_24
+from torch import nn
+
+import ao_act24
+from ao_act24 import Act24Config
+
+
+class FFN(nn.Module):
+    def __init__(self, activation=lambda h: F.relu(h).square()):
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(16, 64), nn.Linear(64, 16), activation
+
+    def forward(self, x):
+        return x + self.down(self.activation(self.up(x)))
+
+
+def model(**how):
+    torch.manual_seed(0)
+    return nn.Sequential(FFN(**how), FFN(**how))
+
+
+def data():
+    return torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(1))
+
+
+def loss(out):
+    return out.square().mean()
+
+
+def gradients(ffns):
+    return {name: parameter.grad for name, parameter in ffns.named_parameters()}
+
+
+def train(rank, directory, way, weight_grads):
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    ffns, backend = model(), ao_act24.Act24Backend(Act24Config(weight_grads=weight_grads))
+    if way == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        for ffn in ffns:
+            ffn.compile(backend=backend, fullgraph=True)
+            fully_shard(ffn, mesh=mesh)
+        fully_shard(ffns, mesh=mesh)
+        run = ffns
+    else:
+        torch._dynamo.config.optimize_ddp = False
+        run = torch.compile(nn.parallel.DistributedDataParallel(ffns), backend=backend)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss(run(data()[rank])).backward()
+    names = [event.name for event in profile.events()]
+    assert names.count("ao_act24::grad_hidden") == 2 and "ao_act24::relu2_ffn" in names
+    found = {name: g.full_tensor() if way == "fsdp2" else g for name, g in gradients(ffns).items()}
+    if rank == 0:
+        torch.save(found, f"{directory}/gradients")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("way", "weight_grads"), [("ddp", "dense"), ("fsdp2", "dense"), ("fsdp2", "sparse")])
+def test_two_processes(way, weight_grads, tmp_path):
+    mp.spawn(train, (str(tmp_path), way, weight_grads), nprocs=2)
+    got = torch.load(tmp_path / "gradients")
+    alone = model(activation=relu2_24)
+    loss(alone(data())).backward()
+    for name, want in gradients(alone).items():
+        error = relative_error(got[name], want)
+        assert error < (1e-5 if weight_grads == "dense" or "bias" in name else 0.5), name
+        assert error > 0 or weight_grads == "dense"
