@@ -1,0 +1,226 @@
+"""Does training in 2:4 end where dense training ends? A ReLU² GPT on this machine's Python sources, in one of six arms.
+
+    python benchmarks/training/study.py full --seed 0         an arm, a seed, on a GPU
+    python benchmarks/training/study.py full --seed 0 --tiny  the same in small, on a CPU: checks the script only
+
+    dense           torch.compile, no 2:4
+    full            the recipe: dense warm-up, 2:4 forward, 2:4 gradients of weights with permutation and split
+    no-warm-up      2:4 from the first step
+    no-permutation  groups of four neighbouring tokens
+    no-split        the densest features in 2:4, too
+    exact           the gradients of weights dense and exact
+
+All arms of a seed start from the same weights and see the same batches. Every so many steps: loss on held-out files,
+and of each layer the share of zeros, the share of non-zeros that 2:4 drops, and of the energy of relu(h)² what 2:4
+along tokens drops. Writes ``<out>/<arm>-<seed>.json``; ``plot.py`` beside this draws all of them.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import site
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from machine import record
+
+import ao_act24
+from ao_act24 import autograd, ops
+
+ARMS = ("dense", "full", "no-warm-up", "no-permutation", "no-split", "exact")
+
+
+@dataclass(frozen=True)
+class Size:
+    """100 million parameters in 8 layers; 16384 tokens a step."""
+
+    dim: int = 1024
+    layers: int = 8
+    heads: int = 16
+    context: int = 1024
+    batch: int = 16
+    steps: int = 3000
+    warmup: int = 1000
+    every: int = 250  # steps between two looks
+    megabytes: int = 200  # of text at most
+    lr: float = 6e-4
+
+
+TINY = Size(dim=64, layers=2, heads=2, context=32, batch=4, steps=6, warmup=3, every=3, megabytes=1)
+
+
+class FFN(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, size: Size):
+        super().__init__()
+        self.heads = size.heads
+        self.norm_1, self.norm_2, self.ffn = nn.RMSNorm(size.dim), nn.RMSNorm(size.dim), FFN(size.dim)
+        self.qkv, self.proj = (nn.Linear(size.dim, n * size.dim, bias=False) for n in (3, 1))
+        nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.ffn.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(attention.transpose(1, 2).flatten(-2))
+        return x + self.ffn(self.norm_2(x))
+
+
+class GPT(nn.Module):
+    """Over bytes."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.token, self.position = nn.Embedding(256, size.dim), nn.Embedding(size.context, size.dim)
+        self.blocks = nn.Sequential(*(Block(size) for _ in range(size.layers)))
+        self.norm, self.head = nn.RMSNorm(size.dim), nn.Linear(size.dim, 256, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        return F.cross_entropy(self.head(self.norm(self.blocks(x))).flatten(0, 1), targets.flatten())
+
+
+def text(megabytes: int) -> tuple[Tensor, Tensor, str]:
+    """Bytes to train on and held-out ones, one file in twenty, by its name; and what identifies them."""
+    roots = [Path(sysconfig.get_path("stdlib")), *map(Path, site.getsitepackages())]
+    paths = sorted(
+        {path for root in roots for ending in ("py", "md", "rst", "txt") for path in root.rglob(f"*.{ending}")}
+    )
+    parts: tuple[list[bytes], list[bytes]] = [], []
+    left, digest = megabytes * 10**6, hashlib.sha256()
+    for path in sorted(paths, key=lambda path: hashlib.sha256(path.name.encode()).digest()):
+        content = path.read_bytes() if left > 0 else b""
+        left -= len(content)
+        digest.update(content)
+        parts[hashlib.sha256(path.name.encode()).digest()[-1] % 20 == 0].append(content)
+    train, held_out = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts)
+    return train, held_out, f"{len(train)} and {len(held_out)} bytes, SHA-256 {digest.hexdigest()[:16]}"
+
+
+def batch(source: Tensor, size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    starts = torch.randint(len(source) - size.context - 1, (size.batch,), generator=generator)
+    windows = source[starts[:, None] + torch.arange(size.context + 1)].long()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return windows[:, :-1].to(device), windows[:, 1:].to(device)
+
+
+@torch.no_grad()
+def look(model: GPT, run: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """The held-out loss as the model runs now, and what 2:4 drops in each layer of one batch."""
+    found: dict[str, Any] = {"loss": sum(float(autocast(run, *pair)) for pair in batches) / len(batches)}
+    hidden: list[Tensor] = []
+    hooks = [block.ffn.up.register_forward_hook(lambda *call: hidden.append(call[2])) for block in model.blocks]
+    autocast(model, *batches[0])
+    for hook in hooks:
+        hook.remove()
+    for h in hidden:
+        y, (packed, metadata) = h.relu().square(), ops.relu2_sparsify(h)
+        wise, _, counts, left = ops.feature_wise(packed, metadata, autograd.PERMUTED)
+        kept = torch.cat([wise, left]).float().square().sum(0)
+        whole = ops.unpack(packed, metadata).flatten(0, -2).float().square().sum(0)
+        densest = counts.topk(math.ceil(autograd.DENSE_SHARE * len(counts))).indices
+        kept[densest] = whole[densest]
+        for name, value in {
+            "zeros": (y == 0).float().mean(),
+            "dropped": 1 - (packed != 0).sum() / (y != 0).sum(),
+            "dropped_across_tokens": 1 - kept.sum() / whole.sum(),
+        }.items():
+            found.setdefault(name, []).append(round(float(value), 6))
+    return found
+
+
+def autocast(run: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        return run(tokens, targets)
+
+
+def train(arm: str, seed: int, size: Size) -> dict[str, Any]:
+    torch._dynamo.reset()
+    torch.manual_seed(seed)
+    source, held_out, data = text(size.megabytes)
+    fixed = torch.Generator().manual_seed(1234)
+    held = [batch(held_out, size, fixed) for _ in range(8)]
+    model = GPT(size).to(held[0][0].device)
+    autograd.PERMUTED, autograd.DENSE_SHARE = arm != "no-permutation", 0.0 if arm == "no-split" else 0.05
+    config = ao_act24.Act24Config(emulate=True, weight_grads="dense" if arm == "exact" else "sparse")
+    backend = "inductor" if arm == "dense" else ao_act24.Act24Backend(config)
+    schedule = ao_act24.Schedule(model, 0 if arm in ("dense", "no-warm-up") else size.warmup)
+    run: Any = torch.compile(model, backend=backend)
+    optimizer = torch.optim.AdamW(model.parameters(), size.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, 0.1 + 0.9 * (1 + math.cos(math.pi * step / size.steps)) / 2)
+    )
+    order = torch.Generator().manual_seed(seed)
+    looks, losses, seconds = [], [], []
+    for step in range(size.steps + 1):
+        if step % size.every == 0:
+            looks.append({"step": step, "dense": schedule.dense, **look(model, run, held)})
+            print(f"{arm} {seed} step {step}: held-out loss {looks[-1]['loss']:.4f}", flush=True)
+        if step == size.steps:
+            break
+        pair, start = batch(source, size, order), time.perf_counter()
+        loss = autocast(run, *pair)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        decay.step()
+        schedule.step()
+        losses.append(float(loss.detach()))  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
+    schedule.close()
+    tokens = size.batch * size.context
+    return {
+        "arm": arm,
+        "seed": seed,
+        "size": asdict(size),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": data,
+        "looks": looks,
+        "losses": [round(loss, 5) for loss in losses],
+        "tokens/s": round(tokens / sorted(seconds[-size.every :])[len(seconds[-size.every :]) // 2]),
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arm", choices=ARMS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "training")
+    arguments = parser.parse_args()
+    if not (torch.cuda.is_available() or arguments.tiny):
+        parser.error("there is no GPU: --tiny runs on a CPU")
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():  # arms differ in what torch's caches do not look at
+        result = train(arguments.arm, arguments.seed, TINY if arguments.tiny else Size())
+    command = (
+        f"python benchmarks/training/study.py {arguments.arm} --seed {arguments.seed}" + " --tiny" * arguments.tiny
+    )
+    result["record"] = record(command) if torch.cuda.is_available() else {"command": command}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.arm}-{arguments.seed}.json"
+    path.write_text(json.dumps(result, indent=None) + "\n")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
