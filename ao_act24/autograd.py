@@ -98,32 +98,41 @@ def _relu2_ffn_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None
     x, up, down, packed, metadata = ctx.saved_tensors
     need_x, need_up, need_up_bias, need_down, need_down_bias, _ = ctx.needs_input_grad
     hidden: Any = ops.grad_hidden(grad, down, packed, metadata) if need_x or need_up or need_up_bias else None
-    if ctx.feature_wise:
-        grad_up = _feature_wise_grad(hidden, metadata, x) if need_up else None
-        grad_down = _feature_wise_grad(packed, metadata, grad).t() if need_down else None
-    else:
-        grad_up = _matmul_weight_grad(ops.unpack(hidden, metadata), x) if need_up else None
-        grad_down = _matmul_weight_grad(grad, ops.unpack(packed, metadata)) if need_down else None
+    grad_up = grad_up_bias = grad_down = None
+    if ctx.feature_wise and need_up:
+        grad_up, sums = _feature_wise_grad(hidden, metadata, x)
+        grad_up_bias = sums.to(up.dtype) if need_up_bias else None
+    elif need_up or need_up_bias:
+        dense = ops.unpack(hidden, metadata)
+        grad_up = _matmul_weight_grad(dense, x) if need_up else None
+        grad_up_bias = dense.sum_to_size(up.shape[:1]) if need_up_bias else None
+    if ctx.feature_wise and need_down:
+        grad_down = _feature_wise_grad(packed, metadata, grad)[0].t()
+    elif need_down:
+        grad_down = _matmul_weight_grad(grad, ops.unpack(packed, metadata))
     return (
         ops.sparse_mm(hidden, metadata, up.t()) if need_x else None,
         grad_up,
-        ops.unpack(hidden, metadata).sum_to_size(up.shape[:1]) if need_up_bias else None,
+        grad_up_bias,
         grad_down,
         grad.sum_to_size(grad.shape[-1:]) if need_down_bias else None,
         None,
     )
 
 
-def _feature_wise_grad(packed: Tensor, metadata: Tensor, dense: Tensor) -> Tensor:
-    """``unpack(packed, metadata).T @ dense``, in 2:4 along tokens but for the densest features: ``[H, D]``."""
+def _feature_wise_grad(packed: Tensor, metadata: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """``unpack(packed, metadata).T @ dense``, in 2:4 along tokens but for the densest features: ``[H, D]``.
+
+    And the sums of the unpacked over tokens, ``[H]``.
+    """
     dense = dense.reshape(-1, dense.shape[-1])
-    wise, codes, counts, left = ops.feature_wise(packed, metadata, PERMUTED)
+    wise, codes, counts, left, sums = ops.feature_wise(packed, metadata, PERMUTED)
     grad = ops.feature_wise_mm(wise, codes, dense, PERMUTED)
     if dense.shape[0] % 4:
         grad = grad.addmm(left.t(), dense[-left.shape[0] :])
     densest = counts.topk(math.ceil(DENSE_SHARE * counts.shape[0])).indices
     exact = ops.columns(packed, metadata, densest)
-    return grad.index_copy(0, densest, _matmul_weight_grad(exact, dense))
+    return grad.index_copy(0, densest, _matmul_weight_grad(exact, dense)), sums
 
 
 def _sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:

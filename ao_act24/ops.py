@@ -12,7 +12,7 @@ for training both matmuls in one, and what its gradient is made of, without grad
 
     relu2_ffn(x, up, up_bias, down, down_bias, feature_wise)   -> out, packed, metadata
     grad_hidden(grad, down, packed, metadata)           -> packed           by h: mask * (grad @ down) * 2 relu(h)
-    feature_wise(packed, metadata, permuted)            -> packed, metadata, counts, left     2:4 along tokens instead
+    feature_wise(packed, metadata, permuted)            -> packed, metadata, counts, left, sums     2:4 along tokens
     feature_wise_mm(packed, metadata, dense, permuted)  -> grad             unpacked.T @ dense of such
     columns(packed, metadata, index)                    -> dense            unpack(packed, metadata)[..., index]
 
@@ -313,7 +313,9 @@ def _fake_feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tupl
     tokens, hidden_dim = math.prod(packed.shape[:-1]), packed.shape[-1] * 2
     codes = packed.new_empty(layout.metadata_shape((hidden_dim, tokens // 4 * 4)), dtype=torch.uint8)
     counts = packed.new_empty(hidden_dim, dtype=torch.int32)
-    return packed.new_empty((tokens // 4 * 2, hidden_dim)), codes, counts, packed.new_empty((tokens % 4, hidden_dim))
+    sums = packed.new_empty(hidden_dim, dtype=reference.accumulation_dtype(packed.dtype))
+    left = packed.new_empty((tokens % 4, hidden_dim))
+    return packed.new_empty((tokens // 4 * 2, hidden_dim)), codes, counts, left, sums
 
 
 def _check_feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, permuted: bool) -> None:
@@ -356,7 +358,7 @@ _define(
 )
 _define(
     "feature_wise(Tensor packed, Tensor metadata, bool permuted)"
-    " -> (Tensor packed, Tensor metadata, Tensor counts, Tensor left)",
+    " -> (Tensor packed, Tensor metadata, Tensor counts, Tensor left, Tensor sums)",
     lambda packed, metadata, permuted: _check_packed(packed, metadata),
     reference.feature_wise,
     _fake_feature_wise,

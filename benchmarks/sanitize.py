@@ -96,7 +96,7 @@ def gradients(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) 
     packed, metadata = reference.relu2_sparsify(torch.randint(-2, 3, (tokens, hidden_dim)).to(dtype))
     grad, weight = (torch.randint(-1, 2, (n, model_dim)).to(dtype) for n in (tokens, hidden_dim))
     down, chosen = weight.t().contiguous(), torch.tensor([hidden_dim - 1, 0, 5])
-    wise, codes, _, _ = reference.feature_wise(packed, metadata, True)
+    wise, codes, *_ = reference.feature_wise(packed, metadata, True)
     for name, arguments in {
         "grad_hidden": (grad, down, packed, metadata),
         "sparse_mm": (packed, metadata, down),

@@ -143,8 +143,8 @@ def grad_hidden(grad: Tensor, down: Tensor, packed: Tensor, metadata: Tensor) ->
     return out
 
 
-def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``reference.feature_wise``, bit for bit. The kernel takes H divisible by 64."""
+def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``reference.feature_wise``, bit for bit but for ``sums``. The kernel takes H divisible by 64."""
     index, hidden_dim = packed.get_device(), packed.shape[-1] * 2
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
@@ -159,9 +159,11 @@ def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tens
     rows = layout.to_rows(metadata, tokens, hidden_dim)[whole:]
     left = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
     counts = (left != 0).sum(0, dtype=torch.int32)
+    sums = _empty(*_contiguous((-(-whole // 256), hidden_dim), torch.float32))  # over the tokens of a block
     start = _plans.feature_wise(tokens // 4, hidden_dim, permuted, packed.dtype, index)
-    start(packed.data_ptr(), metadata.data_ptr(), wise.data_ptr(), codes.data_ptr(), counts.data_ptr())
-    return wise, codes, counts, left
+    outputs = (wise, codes, counts, sums)
+    start(packed.data_ptr(), metadata.data_ptr(), *(output.data_ptr() for output in outputs))
+    return wise, codes, counts, left, sums.sum(0) + left.sum(0, dtype=torch.float32)
 
 
 def feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, permuted: bool) -> Tensor:
@@ -262,8 +264,8 @@ class _Matmul:
 def _feature_wise(quarter: int, hidden_dim: int, permuted: bool, dtype: torch.dtype, index: int) -> Launch:
     launch.set_current(index)
     kernel = _simple_kernel("feature_wise", "feature_wise", dtype, index)
-    # packed, metadata, wise packed, wise metadata, counts, quarter, columns, permuted
-    arguments = (*[POINTER] * 5, *map(ctypes.c_int64, (quarter, hidden_dim, permuted)))
+    # packed, metadata, wise packed, wise metadata, counts, sums, quarter, columns, permuted
+    arguments = (*[POINTER] * 6, *map(ctypes.c_int64, (quarter, hidden_dim, permuted)))
     return Launch(index, kernel, (-(-hidden_dim // 128), -(-quarter // 64)), _THREADS, 0, arguments)
 
 

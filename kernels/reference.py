@@ -102,7 +102,7 @@ def grad_hidden(grad: Tensor, weight: Tensor, packed: Tensor, metadata: Tensor) 
     return sampled_mm(grad, weight, metadata) * (packed.sqrt() * 2)
 
 
-def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Token-wise 2:4 to feature-wise: of every four tokens the two entries of largest magnitude, for each feature.
 
     With Q = tokens // 4, group j is made of tokens ``j, j + Q, j + 2 Q, j + 3 Q``, which have little to do with each
@@ -113,6 +113,7 @@ def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tens
         metadata: of ``[H, 4 Q]``, a row a feature: as in ``layout``.
         counts: ``[H]``, int32: non-zeros of each feature, of all tokens, before.
         left: ``[tokens % 4, H]``, dense: the last tokens.
+        sums: ``[H]``, fp32 (fp64 of fp64): of each feature, over all tokens, before.
     """
     dense = unpack(packed, metadata)
     dense = dense.reshape(-1, dense.shape[-1])
@@ -120,7 +121,8 @@ def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tens
     rows = _in_groups(dense[:whole], permuted).flatten(0, 1).t()
     index = two_largest(rows)
     counts = (dense != 0).sum(0, dtype=torch.int32)
-    return take(rows, index).t().contiguous(), layout.encode(index), counts, dense[whole:].clone()
+    sums = dense.sum(0, dtype=accumulation_dtype(dense.dtype))
+    return take(rows, index).t().contiguous(), layout.encode(index), counts, dense[whole:].clone(), sums
 
 
 def _in_groups(tokens: Tensor, permuted: bool) -> Tensor:

@@ -132,7 +132,7 @@ def look(model: GPT, run: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> di
         hook.remove()
     for h in hidden:
         y, (packed, metadata) = h.relu().square(), ops.relu2_sparsify(h)
-        wise, _, counts, left = ops.feature_wise(packed, metadata, autograd.PERMUTED)
+        wise, _, counts, left, _ = ops.feature_wise(packed, metadata, autograd.PERMUTED)
         kept = torch.cat([wise, left]).float().square().sum(0)
         whole = ops.unpack(packed, metadata).flatten(0, -2).float().square().sum(0)
         densest = counts.topk(math.ceil(autograd.DENSE_SHARE * len(counts))).indices
