@@ -1,0 +1,110 @@
+"""The kernels that need no tensor cores, compiled for the CPU: their own source, on stand-ins for CUDA's threads."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ao_act24.kernels import compile, reference
+
+BF16 = torch.bfloat16
+MAIN = """
+#include "relu2_sparsify.cu"
+#include "feature_wise.cu"
+#include "unpack.cu"
+extern "C" {
+void run_pack(const u16* h, i64 stride, u16* packed, u32* metadata, i64 rows, i64 columns, bool any) {
+  const i64 width = (columns + 255) / 256 * 256, padded = (rows + 15) / 16 * 16;
+  if (any) launch(relu2_sparsify_any, (width + 2047) / 2048, padded, h, stride, packed, (u8*)metadata, rows, columns);
+  else launch(relu2_sparsify, (width + 4095) / 4096, padded / 2, h, stride, packed, metadata, rows, columns);
+}
+void run_feature_wise(const u16* packed, const u16* metadata, u16* wise, uint4* codes, int* counts, float* sums,
+                      i64 quarter, i64 width, i64 permuted) {
+  launch(feature_wise, (width + 127) / 128, (quarter + 63) / 64, packed, metadata, wise, codes, counts, sums, quarter,
+         width, permuted);
+}
+void run_unpack(const u16* packed, const u16* metadata, u16* dense, i64 rows, i64 width) {
+  launch(unpack, (width + 4095) / 4096, rows, packed, metadata, dense, rows, width);
+}
+void run_columns(const u16* packed, const u16* metadata, const i64* index, u16* dense, i64 rows, i64 width,
+                 i64 chosen) {
+  launch(columns, (chosen + 255) / 256, rows, packed, metadata, index, dense, rows, width, chosen);
+}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    path = tmp_path_factory.mktemp("host")
+    for name in ("relu2_sparsify.cu", "feature_wise.cu", "unpack.cu", "keep.cuh", "layout.cuh"):
+        shutil.copy(compile.CSRC / name, path)
+    shutil.copy(Path(__file__).parent / "stand_in.h", path / "ptx.cuh")
+    (path / "main.cpp").write_text(MAIN)
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+    subprocess.run(["g++", *options, "main.cpp", "-o", "host.so"], check=True, cwd=path)
+    library = ctypes.CDLL(str(path / "host.so"))
+
+    def call(name, *arguments):
+        made = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_longlong(a) for a in arguments
+        ]
+        getattr(library, name)(*made)
+
+    return call
+
+
+def same_bits(got, want):
+    return got.shape == want.shape and torch.equal(got.view(torch.int16), want.view(torch.int16))
+
+
+def poisoned(like):
+    return torch.full_like(like, 7)
+
+
+def hidden(tokens, hidden_dim):
+    h = torch.randn(tokens, hidden_dim).to(BF16)
+    h[::3, 1::5], h[::2, 2::7] = -0.0, 1.0
+    h[tokens // 2, :3], h[0, 8:12] = float("inf"), float("-inf")
+    return h
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+@pytest.mark.parametrize(("tokens", "hidden_dim"), [(1, 16), (33, 272), (20, 4112)])
+def test_packing(tokens, hidden_dim, any_size, host):
+    wide = hidden(tokens, hidden_dim + 8)
+    h = wide[:, 8:]
+    packed, metadata = reference.relu2_sparsify(h)
+    got = poisoned(packed), poisoned(metadata)
+    host("run_pack", h, h.stride(0), *got, tokens, hidden_dim, any_size)
+    assert same_bits(got[0], packed) and torch.equal(got[1], metadata)
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+@pytest.mark.parametrize(("tokens", "hidden_dim"), [(4, 64), (130, 192), (1030, 128)])
+def test_feature_wise(tokens, hidden_dim, permuted, host):
+    h = hidden(tokens, hidden_dim)
+    h[1, :2] = float("nan")
+    packed, metadata = reference.sparsify(h)
+    wise, codes, counts, left, sums = reference.feature_wise(packed, metadata, permuted)
+    got = poisoned(wise), poisoned(codes), (left != 0).sum(0, dtype=torch.int32)
+    partial = torch.full((-(-(tokens // 4) // 64), hidden_dim), 7.0)
+    host("run_feature_wise", packed, metadata, *got, partial, tokens // 4, hidden_dim, permuted)
+    assert same_bits(got[0], wise) and torch.equal(got[1], codes) and torch.equal(got[2], counts)
+    torch.testing.assert_close(partial.sum(0) + left.float().sum(0), sums, equal_nan=True)
+
+
+@pytest.mark.parametrize(("tokens", "hidden_dim"), [(1, 16), (33, 272), (5, 4112)])
+def test_unpacking(tokens, hidden_dim, host):
+    packed, metadata = reference.sparsify(hidden(tokens, hidden_dim))
+    want = reference.unpack(packed, metadata)
+    got = poisoned(want)
+    host("run_unpack", packed, metadata, got, tokens, hidden_dim)
+    assert same_bits(got, want)
+    index = torch.randint(hidden_dim, (11,))
+    some = poisoned(want[:, :11].contiguous())
+    host("run_columns", packed, metadata, index, some, tokens, hidden_dim, 11)
+    assert same_bits(some, reference.columns(packed, metadata, index))
