@@ -151,16 +151,16 @@ backward(
     view_1 = aten.view(unpack, [-1, 32])                                           # f32[4, 32]
     t = aten.t(view_1)                                                             # f32[32, 4]
     mm = aten.mm(t, view)                                                          # f32[32, 16]
-    unpack_1 = ao_act24.unpack(packed, metadata)                                   # f32[4, 32]
-    view_2 = aten.view(tangents_1, [-1, 16])                                       # f32[4, 16]
-    t_1 = aten.t(view_2)                                                           # f32[16, 4]
-    view_3 = aten.view(unpack_1, [-1, 32])                                         # f32[4, 32]
-    mm_1 = aten.mm(t_1, view_3)                                                    # f32[16, 32]
     sum = aten.sum(unpack, [0], True)                                              # f32[1, 32]
-    view_4 = aten.view(sum, [32])                                                  # f32[32]
+    view_2 = aten.view(sum, [32])                                                  # f32[32]
+    unpack_1 = ao_act24.unpack(packed, metadata)                                   # f32[4, 32]
+    view_3 = aten.view(tangents_1, [-1, 16])                                       # f32[4, 16]
+    t_1 = aten.t(view_3)                                                           # f32[16, 4]
+    view_4 = aten.view(unpack_1, [-1, 32])                                         # f32[4, 32]
+    mm_1 = aten.mm(t_1, view_4)                                                    # f32[16, 32]
     sum_1 = aten.sum(tangents_1, [0], True)                                        # f32[1, 16]
     view_5 = aten.view(sum_1, [16])                                                # f32[16]
-    return (mm, view_4, None, mm_1, view_5)""",
+    return (mm, view_2, None, mm_1, view_5)""",
         )
 
     def test_dynamic_shape(self):
