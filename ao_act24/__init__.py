@@ -4,7 +4,7 @@ model = torch.compile(model, backend="ao_act24")     # a backend; nothing to imp
 ao_act24.sparsify_(model)                             # or in place, for eager use and any other backend
 print(ao_act24.explain(model, *inputs))               # what is rewritten, what is not, and why
 print(ao_act24.measure(model, *inputs))               # what it does to the model's numbers
-schedule = ao_act24.Schedule(model)                   # training: dense for the first steps, then 2:4
+schedule = ao_act24.Schedule()                        # training: dense for the first steps, then 2:4
 """
 
 from pathlib import Path

@@ -127,9 +127,7 @@ def _feature_wise_grad(packed: Tensor, metadata: Tensor, dense: Tensor) -> tuple
     """
     dense = dense.reshape(-1, dense.shape[-1])
     wise, codes, counts, left, sums = ops.feature_wise(packed, metadata, PERMUTED)
-    grad = ops.feature_wise_mm(wise, codes, dense, PERMUTED)
-    if dense.shape[0] % 4:
-        grad = grad.addmm(left.t(), dense[-left.shape[0] :])
+    grad = ops.feature_wise_mm(wise, codes, left, dense, PERMUTED)
     densest = counts.topk(math.ceil(DENSE_SHARE * counts.shape[0])).indices
     exact = ops.columns(packed, metadata, densest)
     return grad.index_copy(0, densest, _matmul_weight_grad(exact, dense)), sums

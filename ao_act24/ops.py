@@ -13,7 +13,7 @@ for training both matmuls in one, and what its gradient is made of, without grad
     relu2_ffn(x, up, up_bias, down, down_bias, feature_wise)   -> out, packed, metadata
     grad_hidden(grad, down, packed, metadata)           -> packed           by h: mask * (grad @ down) * 2 relu(h)
     feature_wise(packed, metadata, permuted)            -> packed, metadata, counts, left, sums     2:4 along tokens
-    feature_wise_mm(packed, metadata, dense, permuted)  -> grad             unpacked.T @ dense of such
+    feature_wise_mm(packed, metadata, left, dense, permuted)  -> grad       unpacked.T @ dense of such
     columns(packed, metadata, index)                    -> dense            unpack(packed, metadata)[..., index]
 
 ``[..., H]`` dense tensors have H divisible by 4; leading dimensions are tokens; ``packed`` is ``[..., H / 2]``,
@@ -318,7 +318,7 @@ def _fake_feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tupl
     return packed.new_empty((tokens // 4 * 2, hidden_dim)), codes, counts, left, sums
 
 
-def _check_feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, permuted: bool) -> None:
+def _check_feature_wise_mm(packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool) -> None:
     _floating("packed", packed)
     torch._check_value(
         packed.dim() == 2 and packed.shape[0] % 2 == 0,
@@ -326,9 +326,15 @@ def _check_feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, perm
     )
     _check_metadata(metadata, packed.shape[1:], packed.shape[0] * 2, packed.device)
     _same("dense", dense, "packed", packed)
+    _same("left", left, "packed", packed)
     torch._check_value(
-        dense.dim() == 2 and dense.shape[0] // 4 * 2 == packed.shape[0],
-        lambda: f"dense must be [tokens, D] with the tokens of packed, {tuple(packed.shape)}, got {tuple(dense.shape)}",
+        left.dim() == 2 and left.shape[1] == packed.shape[1],
+        lambda: f"left must be [tokens % 4, H] with H = {packed.shape[1]} as in packed, got {tuple(left.shape)}",
+    )
+    tokens = packed.shape[0] * 2 + left.shape[0]
+    torch._check_value(
+        dense.dim() == 2 and dense.shape[0] == tokens,
+        lambda: f"dense must be [tokens, D] with {tokens} tokens as in packed and left, got {tuple(dense.shape)}",
     )
 
 
@@ -365,10 +371,10 @@ _define(
     (cuda.feature_wise, _never),
 )
 _define(
-    "feature_wise_mm(Tensor packed, Tensor metadata, Tensor dense, bool permuted) -> Tensor",
+    "feature_wise_mm(Tensor packed, Tensor metadata, Tensor left, Tensor dense, bool permuted) -> Tensor",
     _check_feature_wise_mm,
     reference.feature_wise_mm,
-    lambda packed, metadata, dense, permuted: dense.new_empty((packed.shape[1], dense.shape[1])),
+    lambda packed, metadata, left, dense, permuted: dense.new_empty((packed.shape[1], dense.shape[1])),
     (cuda.feature_wise_mm, _never),
 )
 _define(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
 
 
 class _Phase:
@@ -31,22 +31,20 @@ class Schedule:
     last ones may be used to come back to a dense model (arXiv 2602.06183). ::
 
         model = torch.compile(model, backend="ao_act24")
-        schedule = ao_act24.Schedule(model, warmup_steps=1000)
+        schedule = ao_act24.Schedule(warmup_steps=1000)
         for batch in data:
             ...
             optimizer.step()
             schedule.step()
         torch.save({..., "schedule": schedule.state_dict()}, path)
 
-    A compiled model is compiled once for each phase, at the first call after a change; with gradient accumulation the
-    phase changes between optimiser steps only. Inference is dense in a dense phase, too, and ``explain`` says so.
+    With gradient accumulation the phase changes between optimiser steps only. When it changes, ``torch.compiler.reset``
+    lets everything in the process that is compiled be compiled again at its next call (from torch's caches, where the
+    phase makes no difference): once for each phase. Inference is dense in a dense phase, too, and ``explain`` says so.
 
     There is one schedule at a time in a process. ``close`` ends it: 2:4 from then on.
 
     Args:
-        model: what is trained. Its modules that hold layers or matrices get a forward pre-hook, which does nothing but
-            make ``torch.compile`` look at the phase. (A module that is compiled by itself and has its matrices as bare
-            parameters, not in layers, has no place for one, and stays in the phase in which it was compiled.)
         warmup_steps: dense optimiser steps at the start.
         dense_from: the step from which on it is dense again; None: never.
 
@@ -55,7 +53,7 @@ class Schedule:
         RuntimeError: another schedule is open.
     """
 
-    def __init__(self, model: nn.Module, warmup_steps: int = 1000, dense_from: int | None = None) -> None:
+    def __init__(self, warmup_steps: int = 1000, dense_from: int | None = None) -> None:
         global _open
         _check_steps("warmup_steps", warmup_steps, 0)
         if dense_from is not None:
@@ -63,13 +61,8 @@ class Schedule:
         if _open is not None:
             raise RuntimeError("another ao_act24.Schedule is open in this process: close() it first")
         self.warmup_steps, self.dense_from, self.steps = warmup_steps, dense_from, 0
-        self._hooks = [
-            module.register_forward_pre_hook(look_at_the_phase)
-            for module in model.modules()
-            if next(module.children(), None) is not None or any(p.ndim == 2 for p in module.parameters(recurse=False))
-        ]
         _open = self
-        self._set_phase()
+        _enter(self.dense)
 
     @property
     def dense(self) -> bool:
@@ -78,8 +71,7 @@ class Schedule:
 
     def step(self) -> None:
         """Call it after each ``optimizer.step()``."""
-        self.steps += 1
-        self._set_phase()
+        self._go_to(self.steps + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the steps that were taken."""
@@ -88,29 +80,29 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; ``warmup_steps`` and ``dense_from`` are those given here."""
         _check_steps("steps", state["steps"], 0)
-        self.steps = state["steps"]
-        self._set_phase()
+        self._go_to(state["steps"])
 
     def close(self) -> None:
-        """End the schedule: 2:4 from now on, and no hooks."""
+        """End the schedule: 2:4 from now on."""
         global _open
-        for hook in self._hooks:
-            hook.remove()
         if _open is self:
-            _open, PHASE.dense = None, False
+            _open = None
+            _enter(dense=False)
 
-    def _set_phase(self) -> None:
+    def _go_to(self, steps: int) -> None:
         if _open is not self:
             raise RuntimeError("this ao_act24.Schedule is closed")
-        PHASE.dense = self.dense
+        self.steps = steps
+        _enter(self.dense)
 
 
 _open: Schedule | None = None
 
 
-def look_at_the_phase(module: nn.Module, args: Any) -> None:
-    if PHASE.dense:  # traced by Dynamo, this is a guard: a graph of one phase is not taken in another
-        return
+def _enter(dense: bool) -> None:
+    if PHASE.dense != dense:
+        PHASE.dense = dense
+        torch.compiler.reset()
 
 
 def _check_steps(name: str, steps: object, least: int) -> None:

@@ -26,8 +26,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute, TraceError
 
-from ao_act24.phases import look_at_the_phase
-
 
 def trace(module: nn.Module, training: bool) -> GraphModule | None:
     """The graph of ``module``'s forward on a copy that shares its tensors; None if it cannot be traced faithfully."""
@@ -205,7 +203,7 @@ def is_patched(module: nn.Module) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(hook is not look_at_the_phase for name in hooks for hook in getattr(module, name).values())
+    return any(getattr(module, name) for name in hooks)
 
 
 def matrices(module: nn.Module) -> int:

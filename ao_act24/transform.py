@@ -58,6 +58,8 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
     if hasattr(model, "_orig_mod"):
         raise TypeError("model must not be compiled yet: call sparsify_ first, then torch.compile")
     verdicts: list[Verdict] = []
+    if checked(config).weight_grads == "sparse":
+        raise ValueError('config.weight_grads must be "dense" for sparsify_; with the backend it may be "sparse"')
     with ignored():  # the phase is asked for at each call
         _visit(model, "", checked(config), verdicts)
     if not any(map(_is_sparsified, model.modules())):

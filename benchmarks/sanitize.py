@@ -96,14 +96,14 @@ def gradients(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) 
     packed, metadata = reference.relu2_sparsify(torch.randint(-2, 3, (tokens, hidden_dim)).to(dtype))
     grad, weight = (torch.randint(-1, 2, (n, model_dim)).to(dtype) for n in (tokens, hidden_dim))
     down, chosen = weight.t().contiguous(), torch.tensor([hidden_dim - 1, 0, 5])
-    wise, codes, *_ = reference.feature_wise(packed, metadata, True)
+    wise, codes, _, left, _ = reference.feature_wise(packed, metadata, True)
     for name, arguments in {
         "grad_hidden": (grad, down, packed, metadata),
         "sparse_mm": (packed, metadata, down),
         "unpack": (packed, metadata),
         "columns": (packed, metadata, chosen),
         "feature_wise": (packed, metadata, True),
-        "feature_wise_mm": (wise, codes, grad, True),
+        "feature_wise_mm": (wise, codes, left * 0, grad, True),
     }.items():
         on_gpu = [each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments]
         if name == "sparse_mm":

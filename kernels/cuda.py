@@ -156,29 +156,32 @@ def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tens
     packed, metadata = _aligned(packed), _aligned(metadata)
     wise = _empty(*_contiguous((whole // 2, hidden_dim), packed.dtype))
     codes = _empty(*_contiguous(layout.metadata_shape((hidden_dim, whole)), torch.uint8))
-    rows = layout.to_rows(metadata, tokens, hidden_dim)[whole:]
-    left = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
-    counts = (left != 0).sum(0, dtype=torch.int32)
+    left, counts = packed.new_empty(0, hidden_dim), packed.new_zeros(hidden_dim, dtype=torch.int32)
+    if whole < tokens:  # one to three rows of the last block of metadata
+        rows = layout.to_rows(metadata[-16:], tokens - whole // 16 * 16, hidden_dim)[whole % 16 :]
+        left = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
+        counts = (left != 0).sum(0, dtype=torch.int32)
     sums = _empty(*_contiguous((-(-whole // 256), hidden_dim), torch.float32))  # over the tokens of a block
     start = _plans.feature_wise(tokens // 4, hidden_dim, permuted, packed.dtype, index)
     outputs = (wise, codes, counts, sums)
     start(packed.data_ptr(), metadata.data_ptr(), *(output.data_ptr() for output in outputs))
-    return wise, codes, counts, left, sums.sum(0) + left.sum(0, dtype=torch.float32)
+    return wise, codes, counts, left, sums.sum(0) + (left.sum(0, dtype=torch.float32) if whole < tokens else 0)
 
 
-def feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, permuted: bool) -> Tensor:
-    """As ``reference.feature_wise_mm``: fp32 accumulation, rounded once. The kernel takes H and D divisible by 64."""
+def feature_wise_mm(packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool) -> Tensor:
+    """As ``reference.feature_wise_mm``: fp32 accumulation, rounded once, but for what the tokens left over add, rounded
+    again. The kernel takes H and D divisible by 64."""
     index = packed.get_device()
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
-            return feature_wise_mm(packed, metadata, dense, permuted)
+            return feature_wise_mm(packed, metadata, left, dense, permuted)
     plan = _plans.feature_wise_mm(packed.shape, dense.shape[1], permuted, packed.dtype, index)
     if plan is None:
-        return reference.feature_wise_mm(packed, metadata, dense, permuted)
+        return reference.feature_wise_mm(packed, metadata, left, dense, permuted)
     metadata = _aligned(metadata)
     (out,) = (_empty(*shape) for shape in plan.outputs)
     plan.run(_aligned(packed), _aligned(dense), metadata.data_ptr(), 0, out.data_ptr())
-    return out
+    return out.addmm_(left.t(), dense[-left.shape[0] :]) if left.shape[0] else out
 
 
 def unpack(packed: Tensor, metadata: Tensor) -> Tensor:
@@ -203,7 +206,7 @@ def columns(packed: Tensor, metadata: Tensor, chosen: Tensor) -> Tensor:
         with torch.cuda.device(index):
             return columns(packed, metadata, chosen)
     if not packed.numel() or not chosen.numel():
-        return reference.columns(packed, metadata, chosen)
+        return packed.new_zeros((*tokens, chosen.shape[0]))
     packed, metadata, chosen = _aligned(packed), _aligned(metadata), chosen.contiguous()
     dense = _empty(*_contiguous((*tokens, chosen.shape[0]), packed.dtype))
     start = _plans.columns(packed.numel() // half, 2 * half, chosen.shape[0], packed.dtype, index)

@@ -131,12 +131,12 @@ def _in_groups(tokens: Tensor, permuted: bool) -> Tensor:
     return tokens.unflatten(0, (4, quarter)).transpose(0, 1) if permuted else tokens.unflatten(0, (quarter, 4))
 
 
-def feature_wise_mm(packed: Tensor, metadata: Tensor, dense: Tensor, permuted: bool) -> Tensor:
-    """``y.T @ dense`` of a ``feature_wise`` y and ``[tokens, D]``, without the tokens left over: ``[H, D]``."""
+def feature_wise_mm(packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool) -> Tensor:
+    """``y.T @ dense`` of a ``feature_wise`` y and ``[tokens, D]``: ``[H, D]``."""
     wide = accumulation_dtype(packed.dtype)
     rows = unpack(packed.t(), metadata).to(wide)
     groups = _in_groups(dense[: rows.shape[1]].to(wide), permuted)
-    return (rows @ groups.flatten(0, 1)).to(packed.dtype)
+    return (rows @ groups.flatten(0, 1) + left.to(wide).t() @ dense[rows.shape[1] :].to(wide)).to(packed.dtype)
 
 
 def columns(packed: Tensor, metadata: Tensor, index: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from ao_act24.fingerprint import source_digest
 from ao_act24.when import why_not_fused
 
 from .rewrite import Emitter, parameters
-from .vocabulary import Linear, argument, as_linear, is_our_op, mutates, nodes_between, same_size, value
+from .vocabulary import Linear, argument, as_linear, is_our_op, mutates, nodes_between, op_name, same_size, value
 
 
 def fuse(graph: Graph, config: Act24Config) -> None:
@@ -61,8 +61,8 @@ def _fuse_for_training(pair: Node, up: Linear, config: Act24Config) -> None:
     weight, bias = argument(down, 2, "weight"), argument(down, 3, "bias")
     if not _alike(down, weight, bias, cast=True) or not _alike(up.node, up.input, up.weight, up.bias, cast=True):
         return
-    if any(map(mutates, nodes_between(up.node, down))):  # what was read then may be another thing now
-        return
+    if value(up.node).dtype != value(down).dtype or not all(map(_harmless, nodes_between(up.node, down))):
+        return  # the first matmul would run later, where its operands or autocast may be others
     emit = Emitter(down)
 
     def cast(node: Any) -> Any:  # as autocast does
@@ -76,6 +76,13 @@ def _fuse_for_training(pair: Node, up: Linear, config: Act24Config) -> None:
     down.replace_all_uses_with(out)
     for node in (down, items[0], items[1], pair, up.node):
         pair.graph.erase_node(node)
+
+
+def _harmless(node: Node) -> bool:
+    """Whether nothing is written and no mode is changed here, as far as is known."""
+    if node.op in ("get_attr", "placeholder") or node.target is operator.getitem or is_our_op(node, "relu2_sparsify"):
+        return True
+    return bool(op_name(node)) and not mutates(node) and "norm" not in op_name(node)  # batch_norm's running statistics
 
 
 def _plain(up: Linear) -> bool:

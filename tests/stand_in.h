@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <barrier>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -38,6 +39,7 @@ struct uint2 {
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 
+inline void __trap() { abort(); }
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 inline void atomicAdd(int* sum, int more) { __atomic_fetch_add(sum, more, __ATOMIC_SEQ_CST); }
 template <class T>

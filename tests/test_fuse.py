@@ -69,13 +69,16 @@ def test_dynamic():
     assert names == FUSED and relative_error(out, want(B1)) < 1e-5
 
 
-@pytest.mark.parametrize("first", [lambda x: F.linear(x, W1, B1), lambda x: x @ W1.t() + 0 * x.sum()])
-def test_training(first):
+@pytest.mark.parametrize(
+    "first, bias",
+    [(lambda x: F.linear(x, W1, B1), B1), (lambda x: x @ W1.t(), None), (lambda x: torch.matmul(x, W1.t()), None)],
+)
+def test_training(first, bias):
     x = X.clone().requires_grad_()
-    out, names = run(ffn(lambda x: F.linear(x, W1, B1)), x)
-    assert names == ["relu2_ffn"] and relative_error(out, want(B1)) < 1e-5
+    out, names = run(ffn(first), x)
+    assert names == ["relu2_ffn"] and relative_error(out, want(bias)) < 1e-5
     (got,) = torch.autograd.grad(out.square().sum(), x)
-    (grad,) = torch.autograd.grad(F.linear(relu2_24(F.linear(x, W1, B1)), W2).square().sum(), x)
+    (grad,) = torch.autograd.grad(F.linear(relu2_24(F.linear(x, W1, bias)), W2).square().sum(), x)
     assert relative_error(got, grad) < 1e-5
 
 
@@ -102,6 +105,28 @@ def in_training(between):
         return F.linear(F.relu(h).square(), W2), other
 
     return run(function, X.clone().requires_grad_())[1]
+
+
+@torch.library.custom_op("ao_act24_tests::bump", mutates_args=("weight",))
+def bump(weight: torch.Tensor) -> None:
+    weight.add_(1)
+
+
+bump.register_fake(lambda weight: None)
+
+
+def test_training_beside_what_changes_operands_or_modes():
+    assert in_training(lambda h, x, weight: torch.ops.ao_act24_tests.bump(weight)) == UNFUSED
+    norm = lambda h, x, weight: F.batch_norm(x[0], weight[0].detach()[:16], torch.ones(16), training=True)  # noqa: E731
+    assert in_training(norm) == UNFUSED
+
+    def regions(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            h = F.linear(x, W1)
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(F.relu(h).square(), W2)
+
+    assert "relu2_ffn" not in run(regions, X.clone().requires_grad_())[1]
 
 
 def test_training_with_other_uses():

@@ -155,10 +155,10 @@ def test_what_is_brought_in_mn_major(name, launched):
         assert launched.words[:6] == pointers and out.shape == packed.shape
     else:
         permuted = name == "feature_wise_mm"
-        packed, metadata, *_ = reference.feature_wise(
+        packed, metadata, _, left, _ = reference.feature_wise(
             *reference.relu2_sparsify(torch.randn(depth, rows).to(BF16)), permuted
         )
-        out = cuda.feature_wise_mm(packed, metadata, weight, permuted)
+        out = cuda.feature_wise_mm(packed, metadata, left, weight, permuted)
         assert out.shape == (rows, columns)
         assert launched.words[:6] == [
             *[packed.data_ptr()] * 2,

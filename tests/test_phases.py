@@ -48,7 +48,7 @@ def in_24(ffns, x):
 @pytest.mark.parametrize("way", ["backend", "regions", "sparsify_", "both"])
 def test_phases(way):
     ffns = model()
-    schedule = Schedule(ffns, warmup_steps=2, dense_from=5)
+    schedule = Schedule(warmup_steps=2, dense_from=5)
     if way in ("sparsify_", "both"):
         ao_act24.sparsify_(ffns)
     run = ffns
@@ -76,8 +76,8 @@ def test_phases(way):
             schedule.step()
     assert phases == [False] * 2 + [True] * 3 + [False] * 2
     new = [later - earlier for earlier, later in itertools.pairwise(compiled)]
-    assert not any(new[:1] + new[2:]), "each phase is compiled once"
-    assert new[1] > 0 or way == "sparsify_"
+    at_changes, others = [new.pop(4), new.pop(1)], new
+    assert not any(others) and (all(at_changes) or way == "sparsify_"), "each phase is compiled once"
 
 
 def test_a_resumed_run_gives_the_same_losses(tmp_path):
@@ -99,7 +99,7 @@ def test_a_resumed_run_gives_the_same_losses(tmp_path):
         return losses
 
     ffns, run = start()
-    schedule, optimizer = Schedule(ffns, warmup_steps=4), torch.optim.AdamW(ffns.parameters(), lr=1e-2)
+    schedule, optimizer = Schedule(warmup_steps=4), torch.optim.AdamW(ffns.parameters(), lr=1e-2)
     want = train(ffns, run, schedule, optimizer, data[:3])
     parts = {"ffns": ffns, "optimizer": optimizer, "schedule": schedule}
     torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "checkpoint")
@@ -107,7 +107,7 @@ def test_a_resumed_run_gives_the_same_losses(tmp_path):
     schedule.close()
 
     ffns, run = start()
-    schedule, optimizer = Schedule(ffns, warmup_steps=4), torch.optim.AdamW(ffns.parameters(), lr=1e-2)
+    schedule, optimizer = Schedule(warmup_steps=4), torch.optim.AdamW(ffns.parameters(), lr=1e-2)
     kept = torch.load(tmp_path / "checkpoint")
     for name, part in {"ffns": ffns, "optimizer": optimizer, "schedule": schedule}.items():
         part.load_state_dict(kept[name])
@@ -115,9 +115,20 @@ def test_a_resumed_run_gives_the_same_losses(tmp_path):
     assert train(ffns, run, schedule, optimizer, data[3:]) == want[3:]
 
 
+def test_models_that_were_compiled_before_or_are_others():
+    before, other, x = model(), model(), torch.randn(6, 8)
+    run, another = (torch.compile(ffns, backend="ao_act24", fullgraph=True) for ffns in (before, other))
+    with torch.no_grad():
+        assert relative_error(run(x), in_24(before, x)) < 1e-6
+        schedule = Schedule(warmup_steps=1)
+        assert relative_error(run(x), in_24(before, x)) > 1e-3 and relative_error(another(x), in_24(other, x)) > 1e-3
+        schedule.step()
+        assert relative_error(run(x), in_24(before, x)) < 1e-6 and relative_error(another(x), in_24(other, x)) < 1e-6
+
+
 def test_reports():
     ffns, x = model(), torch.randn(6, 8)
-    Schedule(ffns)
+    Schedule()
     report = ao_act24.explain(ffns, x)
     assert [verdict.reason for verdict in report] == ["the schedule has a dense phase now"] * 2
     assert ao_act24.measure(ffns, x, loss=lambda out: out.sum()).layers[0].dropped > 0, "measure looks at 2:4"
@@ -125,22 +136,21 @@ def test_reports():
 
 
 def test_errors():
-    ffns = model()
     for arguments, message in (
         ({"warmup_steps": -1}, "warmup_steps must be an integer from 0 on, got -1"),
         ({"warmup_steps": 2.5}, "warmup_steps must be an integer from 0 on, got 2.5"),
         ({"warmup_steps": 10, "dense_from": 9}, "dense_from must be an integer from 10 on, got 9"),
     ):
         with pytest.raises(ValueError, match=message):
-            Schedule(ffns, **arguments)
-    schedule = Schedule(ffns)
+            Schedule(**arguments)
+    schedule = Schedule()
     with pytest.raises(RuntimeError, match=r"another .* is open"):
-        Schedule(ffns)
+        Schedule()
     with pytest.raises(ValueError, match="steps must be an integer"):
         schedule.load_state_dict({"steps": None})
     schedule.close()
-    assert not PHASE.dense and not ffns._forward_pre_hooks
+    assert not PHASE.dense
     with pytest.raises(RuntimeError, match="closed"):
         schedule.step()
-    Schedule(ffns, warmup_steps=0)
+    Schedule(warmup_steps=0)
     assert not PHASE.dense

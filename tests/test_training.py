@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracle import relative_error, relu2_24
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import ao_act24
@@ -116,8 +117,8 @@ def test_the_split_on_dense_features():
     dense = torch.randn(64, D)
     exact = ops.unpack(packed, metadata).t() @ dense
     assert relative_error(autograd._feature_wise_grad(packed, metadata, dense)[0], exact) < 1e-6
-    wise, codes, *_ = ops.feature_wise(packed, metadata, True)
-    assert relative_error(ops.feature_wise_mm(wise, codes, dense, True), exact) > 0.2
+    wise, codes, _, left, _ = ops.feature_wise(packed, metadata, True)
+    assert relative_error(ops.feature_wise_mm(wise, codes, left, dense, True), exact) > 0.2
 
 
 @pytest.mark.parametrize("feature_wise", [False, True])
@@ -201,6 +202,23 @@ def test_training_steps(recompute):
     assert losses["sparse"] != losses["dense"]
 
 
+def test_any_number_of_tokens_is_one_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    ffn, backend = FFN(), ao_act24.Act24Backend(Act24Config(weight_grads="sparse"))
+    compiled = torch.compile(ffn, backend=backend, dynamic=True, fullgraph=True)
+    for tokens in (24, 25, 26, 32, 7):
+        ffn.zero_grad()
+        x = torch.randn(tokens, D)
+        compiled(x).square().sum().backward()
+        got, ffn.up.weight.grad = ffn.up.weight.grad, None
+        (x + want(x, ffn.up.weight, ffn.up.bias, ffn.down.weight, ffn.down.bias)).square().sum().backward()
+        assert relative_error(got, ffn.up.weight.grad) < 0.7
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_config():
     with pytest.raises(ValueError, match='weight_grads must be "dense" or "sparse", got True'):
         Act24Config(weight_grads=True)
+    with pytest.raises(ValueError, match='config.weight_grads must be "dense" for sparsify_'):
+        ao_act24.sparsify_(FFN(), Act24Config(weight_grads="sparse"))

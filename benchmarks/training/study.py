@@ -161,7 +161,7 @@ def train(arm: str, seed: int, size: Size) -> dict[str, Any]:
     autograd.PERMUTED, autograd.DENSE_SHARE = arm != "no-permutation", 0.0 if arm == "no-split" else 0.05
     config = ao_act24.Act24Config(emulate=True, weight_grads="dense" if arm == "exact" else "sparse")
     backend = "inductor" if arm == "dense" else ao_act24.Act24Backend(config)
-    schedule = ao_act24.Schedule(model, 0 if arm in ("dense", "no-warm-up") else size.warmup)
+    schedule = ao_act24.Schedule(0 if arm in ("dense", "no-warm-up") else size.warmup)
     run: Any = torch.compile(model, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), size.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(
@@ -169,10 +169,15 @@ def train(arm: str, seed: int, size: Size) -> dict[str, Any]:
     )
     order = torch.Generator().manual_seed(seed)
     looks, losses, seconds = [], [], []
+    peak: int | None = None
     for step in range(size.steps + 1):
         if step % size.every == 0:
+            if torch.cuda.is_available():
+                peak = torch.cuda.max_memory_allocated()  # of the steps since the last look
             looks.append({"step": step, "dense": schedule.dense, **look(model, run, held)})
             print(f"{arm} {seed} step {step}: held-out loss {looks[-1]['loss']:.4f}", flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
         if step == size.steps:
             break
         pair, start = batch(source, size, order), time.perf_counter()
@@ -195,7 +200,7 @@ def train(arm: str, seed: int, size: Size) -> dict[str, Any]:
         "looks": looks,
         "losses": [round(loss, 5) for loss in losses],
         "tokens/s": round(tokens / sorted(seconds[-size.every :])[len(seconds[-size.every :]) // 2]),
-        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "peak_bytes": peak,
     }
 
 

@@ -45,7 +45,7 @@ struct GradHidden {
           const u32 code = codes[s] >> (16 * half + 4 * group);
           const u32 selector = 0x1010 + (code & 3) * 0x22 + (code >> 2 & 3) * 0x2200;
           const u32 two = __byte_perm(words[group / 2][group % 2 * 2], words[group / 2][group % 2 * 2 + 1], selector);
-          const u32 roots = pack_floats(__fsqrt_rn(low_float(square[group])), __fsqrt_rn(high_float(square[group])));
+          const u32 roots = pack_floats(root(low_float(square[group])), root(high_float(square[group])));
           kept[group] = pack_floats(low_float(two) * (2 * low_float(roots)), high_float(two) * (2 * high_float(roots)));
         }
         store_four(out + at, make_uint4(kept[0], kept[1], kept[2], kept[3]));

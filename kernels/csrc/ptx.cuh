@@ -204,6 +204,15 @@ __device__ __forceinline__ float to_float(u16 value) {
 __device__ __forceinline__ float low_float(u32 word) { return to_float((u16)word); }
 __device__ __forceinline__ float high_float(u32 word) { return to_float((u16)(word >> 16)); }
 
+// Good enough to be rounded to 16 bits. bf16's eight bits are never nearer to a middle than 2^-18; of fp16's eleven one root is nearer
+// than the approximation is exact, and gets a step of Newton's.
+__device__ __forceinline__ float root(float x) {
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  if (sizeof(ELEMENT) == sizeof("bf16") || !(x > 0 && x < __int_as_float(0x7F800000))) return root;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), __fdividef(0.5f, root), root);
+}
+
 // max(x, 0), a NaN becoming the positive one: afterwards the halves order as unsigned integers.
 __device__ __forceinline__ u32 relu(u32 word) {
   asm("max.NaN." ELEMENT "x2 %0, %0, %1;" : "+r"(word) : "r"(0u));

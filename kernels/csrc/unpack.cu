@@ -28,6 +28,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const i64 place = (i64)blockIdx.x * 256 + threadIdx.x, padded_columns = (columns + 255) / 256 * 256;
   if (place >= chosen) return;
   const i64 column = index[place];
+  if ((u64)column >= (u64)columns) __trap();
   for (i64 row = blockIdx.y; row < rows; row += gridDim.y) {
     const u32 two = __ldg((const u32*)(packed + row * (columns / 2) + column / 4 * 2));
     const u32 code = __ldg(metadata + metadata_half(row, padded_columns, column)) >> (column / 4 % 4 * 4), at = column % 4;
