@@ -314,7 +314,7 @@ def _fake_feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tupl
     codes = packed.new_empty(layout.metadata_shape((hidden_dim, tokens // 4 * 4)), dtype=torch.uint8)
     counts = packed.new_empty(hidden_dim, dtype=torch.int32)
     sums = packed.new_empty(hidden_dim, dtype=reference.accumulation_dtype(packed.dtype))
-    left = packed.new_empty((tokens % 4, hidden_dim))
+    left = packed.new_empty((3, hidden_dim))
     return packed.new_empty((tokens // 4 * 2, hidden_dim)), codes, counts, left, sums
 
 
@@ -328,13 +328,12 @@ def _check_feature_wise_mm(packed: Tensor, metadata: Tensor, left: Tensor, dense
     _same("dense", dense, "packed", packed)
     _same("left", left, "packed", packed)
     torch._check_value(
-        left.dim() == 2 and left.shape[1] == packed.shape[1],
-        lambda: f"left must be [tokens % 4, H] with H = {packed.shape[1]} as in packed, got {tuple(left.shape)}",
+        left.dim() == 2 and left.shape[0] == 3 and left.shape[1] == packed.shape[1],
+        lambda: f"left must be [3, H] with H = {packed.shape[1]} as in packed, got {tuple(left.shape)}",
     )
-    tokens = packed.shape[0] * 2 + left.shape[0]
     torch._check_value(
-        dense.dim() == 2 and dense.shape[0] == tokens,
-        lambda: f"dense must be [tokens, D] with {tokens} tokens as in packed and left, got {tuple(dense.shape)}",
+        dense.dim() == 2 and dense.shape[0] // 4 * 2 == packed.shape[0],
+        lambda: f"dense must be [tokens, D] with the tokens of packed, {tuple(packed.shape)}, got {tuple(dense.shape)}",
     )
 
 

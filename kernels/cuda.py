@@ -156,10 +156,10 @@ def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tens
     packed, metadata = _aligned(packed), _aligned(metadata)
     wise = _empty(*_contiguous((whole // 2, hidden_dim), packed.dtype))
     codes = _empty(*_contiguous(layout.metadata_shape((hidden_dim, whole)), torch.uint8))
-    left, counts = packed.new_empty(0, hidden_dim), packed.new_zeros(hidden_dim, dtype=torch.int32)
+    left, counts = packed.new_zeros(3, hidden_dim), packed.new_zeros(hidden_dim, dtype=torch.int32)
     if whole < tokens:  # one to three rows of the last block of metadata
         rows = layout.to_rows(metadata[-16:], tokens - whole // 16 * 16, hidden_dim)[whole % 16 :]
-        left = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
+        left[: tokens - whole] = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
         counts = (left != 0).sum(0, dtype=torch.int32)
     sums = _empty(*_contiguous((-(-whole // 256), hidden_dim), torch.float32))  # over the tokens of a block
     start = _plans.feature_wise(tokens // 4, hidden_dim, permuted, packed.dtype, index)
@@ -181,7 +181,8 @@ def feature_wise_mm(packed: Tensor, metadata: Tensor, left: Tensor, dense: Tenso
     metadata = _aligned(metadata)
     (out,) = (_empty(*shape) for shape in plan.outputs)
     plan.run(_aligned(packed), _aligned(dense), metadata.data_ptr(), 0, out.data_ptr())
-    return out.addmm_(left.t(), dense[-left.shape[0] :]) if left.shape[0] else out
+    rest = dense[2 * packed.shape[0] :]
+    return out.addmm_(left[: rest.shape[0]].t(), rest) if rest.shape[0] else out
 
 
 def unpack(packed: Tensor, metadata: Tensor) -> Tensor:

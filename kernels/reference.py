@@ -112,7 +112,7 @@ def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tens
         packed: ``[2 Q, H]``: rows 2 j and 2 j + 1 are what was kept of group j.
         metadata: of ``[H, 4 Q]``, a row a feature: as in ``layout``.
         counts: ``[H]``, int32: non-zeros of each feature, of all tokens, before.
-        left: ``[tokens % 4, H]``, dense: the last tokens.
+        left: ``[3, H]``, dense: the last ``tokens % 4`` tokens, then zeros. (Of one size: no graph depends on it.)
         sums: ``[H]``, fp32 (fp64 of fp64): of each feature, over all tokens, before.
     """
     dense = unpack(packed, metadata)
@@ -122,7 +122,8 @@ def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tens
     index = two_largest(rows)
     counts = (dense != 0).sum(0, dtype=torch.int32)
     sums = dense.sum(0, dtype=accumulation_dtype(dense.dtype))
-    return take(rows, index).t().contiguous(), layout.encode(index), counts, dense[whole:].clone(), sums
+    left = torch.cat([dense[whole:], dense.new_zeros(3 - dense[whole:].shape[0], dense.shape[1])])
+    return take(rows, index).t().contiguous(), layout.encode(index), counts, left, sums
 
 
 def _in_groups(tokens: Tensor, permuted: bool) -> Tensor:
@@ -136,7 +137,8 @@ def feature_wise_mm(packed: Tensor, metadata: Tensor, left: Tensor, dense: Tenso
     wide = accumulation_dtype(packed.dtype)
     rows = unpack(packed.t(), metadata).to(wide)
     groups = _in_groups(dense[: rows.shape[1]].to(wide), permuted)
-    return (rows @ groups.flatten(0, 1) + left.to(wide).t() @ dense[rows.shape[1] :].to(wide)).to(packed.dtype)
+    rest = dense[rows.shape[1] :].to(wide)
+    return (rows @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
 
 
 def columns(packed: Tensor, metadata: Tensor, index: Tensor) -> Tensor:
