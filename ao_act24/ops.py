@@ -221,6 +221,7 @@ def _define(
 
 
 def _never(*_: object) -> bool:
+    """For operators that are called once in a backward, where a check costs little."""
     return False
 
 

@@ -1,7 +1,7 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
     python benchmarks/hopper.py                  the whole table and its plots: some 10 minutes
-    python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: under 2 minutes
+    python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: some 2 minutes
     python benchmarks/hopper.py --only kernels   one of kernels, ffn, tokens, training; the file keeps the others
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast

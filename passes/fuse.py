@@ -42,9 +42,8 @@ def fuse(graph: Graph, config: Act24Config) -> None:
         if value(up.node).requires_grad:
             _fuse_for_training(node, up, config)
         elif _alike(up.node, up.input, up.weight, up.bias) and _has_kernel(up):
-            emit = Emitter(
-                up.node
-            )  # not where the packing stood: x or the weight may have been written into in between
+            # Not where the packing stood: x or the weight may have been written into in between.
+            emit = Emitter(up.node)
             fused = emit.call(ops.linear_relu2_sparsify.default, up.input, *parameters(emit, up))
             node.replace_all_uses_with(fused)
             graph.erase_node(node)
@@ -86,23 +85,21 @@ def _harmless(node: Node) -> bool:
 
 
 def _plain(up: Linear) -> bool:
-    """Whether the sizes of the first matmul are known, and none of its operands is a tensor subclass."""
+    """Whether the graph knows the first matmul's operands, and they are a matrix and a vector."""
     x, h, weight = value(up.input), value(up.node), value(up.weight)
     bias = None if up.bias is None else value(up.bias)
     if x is None or h is None or weight is None or (bias is None) != (up.bias is None):
         return False
-    if weight.ndim != 2 or (bias is not None and not (bias.ndim == 1 and same_size(bias.shape[0], h.shape[-1]))):
-        return False
-    return not any(is_traceable_wrapper_subclass(t) for t in (x, h, weight, bias))  # quantised, distributed
+    return weight.ndim == 2 and (bias is None or (bias.ndim == 1 and same_size(bias.shape[0], h.shape[-1])))
 
 
 def _alike(result: Node, *operands: Any, cast: bool = False) -> bool:
-    """Whether operands are on one device and have the dtype of ``result``, or, with ``cast``, can be given it."""
+    """Whether operands are plain, on the device of ``result``, and of its dtype or, with ``cast``, to be given it."""
     want = value(result)
     tensors = [value(operand) for operand in operands if operand is not None]
-    if any(
-        tensor is None or tensor.device != want.device or is_traceable_wrapper_subclass(tensor) for tensor in tensors
-    ):
+    if any(tensor is None or tensor.device != want.device for tensor in tensors):
+        return False
+    if any(map(is_traceable_wrapper_subclass, tensors)):  # quantised, distributed
         return False
     return cast or all(tensor.dtype == want.dtype for tensor in tensors)
 

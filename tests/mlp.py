@@ -15,6 +15,11 @@ class MLP(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
+class Residual(MLP):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 def oracle(mlp, x):
     return mlp.down(relu2_24(mlp.up(x)))
 

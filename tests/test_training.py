@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from mlp import Residual
 from oracle import relative_error, relu2_24
 from torch import nn
 from torch._dynamo.utils import counters
@@ -145,19 +146,10 @@ def test_a_token_does_not_see_later_ones():
     assert torch.equal(gradients(lambda *a: ops.relu2_ffn(*a, True)[0], inputs, grad)[0][:12], dx[:12])
 
 
-class FFN(nn.Module):
-    def __init__(self, dim=D, hidden_dim=64):
-        super().__init__()
-        self.up, self.down = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
-
-    def forward(self, x):
-        return x + self.down(F.relu(self.up(x)).square())
-
-
 @pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
 def test_what_is_saved(weight_grads):
     """A hidden element takes one byte of packed bf16 and an eighth of metadata, and nothing else is as wide."""
-    ffn, x = FFN(64, 1024).bfloat16(), torch.randn(256, 64).bfloat16().requires_grad_()
+    ffn, x = Residual(dim=64, hidden=1024).bfloat16(), torch.randn(256, 64).bfloat16().requires_grad_()
     backend = ao_act24.Act24Backend(Act24Config(weight_grads=weight_grads))
     compiled, saved = torch.compile(ffn, backend=backend, fullgraph=True), {}
 
@@ -177,7 +169,7 @@ def test_what_is_saved(weight_grads):
 def test_training_steps(recompute):
     """Sparse gradients train: gradients accumulate, a fused optimiser steps, activations may be recomputed."""
     torch.manual_seed(0)
-    ffns = nn.Sequential(FFN(), FFN())
+    ffns = nn.Sequential(Residual(), Residual())
     x, losses = torch.randn(4, 64, D), {}
     target = torch.tanh(x @ torch.randn(D, D))
     for weight_grads in ("dense", "sparse"):
@@ -206,7 +198,7 @@ def test_training_steps(recompute):
 def test_any_number_of_tokens_is_one_graph():
     torch._dynamo.reset()
     counters.clear()
-    ffn, backend = FFN(), ao_act24.Act24Backend(Act24Config(weight_grads="sparse"))
+    ffn, backend = Residual(), ao_act24.Act24Backend(Act24Config(weight_grads="sparse"))
     compiled = torch.compile(ffn, backend=backend, dynamic=True, fullgraph=True)
     for tokens in (24, 25, 26, 32, 7):
         ffn.zero_grad()
@@ -222,4 +214,4 @@ def test_config():
     with pytest.raises(ValueError, match='weight_grads must be "dense" or "sparse", got True'):
         Act24Config(weight_grads=True)
     with pytest.raises(ValueError, match='must be "dense" for sparsify_'):
-        ao_act24.sparsify_(FFN(), Act24Config(weight_grads="sparse"))
+        ao_act24.sparsify_(Residual(), Act24Config(weight_grads="sparse"))

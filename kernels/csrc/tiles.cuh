@@ -6,7 +6,8 @@
 //
 // Blocks are persistent. schedule.py chooses the heights and the number of clusters, so that all end at about the same time.
 //
-// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES of the ring, RUN (below), A_COLUMNS as stored, a stage, A_MN, B_MN, GROUP.
+// Compile-time: ELEMENT ("bf16" or "f16"), CLUSTER (a power of 2), STAGES of the ring, A_COLUMNS of a stage, as stored, and, see
+// below, RUN, A_MN, B_MN and GROUP.
 //
 // wgmma leaves columns 8a + 2q and 8a + 2q + 1 with thread q of a quad. B's rows are brought in in another order, which costs
 // nothing, the copy engine taking them as an array of five dimensions: of every RUN, 32 or 64, row RUN / 4 q + 2a + b comes to
@@ -128,9 +129,8 @@ __device__ __forceinline__ Place place_of(const Tile& tile) {
   return {tile.row + (int)(thread / 32 * 16 + thread % 32 / 4), tile.column + (int)(thread % 4 * (RUN / 4))};
 }
 
-// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`;
-// `multiply(d, ring, tile)`, which waits for each stage of a tile, releases it when it has been read, and ends when the products
-// are in d; and `store(d, tile)`.
+// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`; `multiply(d, ring, tile)`, which waits for each stage
+// of a tile, releases it when it has been read, and ends when the products are in d; and `store(d, tile)`.
 template <class Kernel>
 __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
   extern __shared__ __align__(1024) u8 shared[];
