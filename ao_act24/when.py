@@ -22,8 +22,8 @@ from ao_act24.kernels.schedule import TILE_COLUMNS
 from ao_act24.phases import PHASE
 
 MIN_TOKENS = 1024
-MIN_PRODUCT = 2**36  # tokens * model_dim * hidden_dim: multiplications of one dense matmul
-MIN_DIM = 1024  # of both: smaller ones were not measured; at few columns a tile's end is as long as its stages
+MIN_PRODUCT = 2**35  # tokens * model_dim * hidden_dim: multiplications of one dense matmul
+MIN_DIM = 768  # of both: smaller ones were not measured; at few columns a tile's end is as long as its stages
 MAX_PADDING = 1.05  # of a weight, both ways to whole tiles; not measured: small against what 2:4 gains
 
 

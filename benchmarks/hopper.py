@@ -279,7 +279,7 @@ def step(forward: Callable[[], object], leaves: list[Tensor], grad: Tensor) -> N
 def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The FFN by number of tokens: dense, what the rule chooses, and 2:4 always; each also in a CUDA graph.
 
-    Where launching binds, times drift by some percent in seconds: there bursts are short, and rounds many.
+    Where launching binds, times drift twofold within milliseconds: there bursts are short, and rounds many.
     """
     warnings.simplefilter("ignore", ao_act24.Act24Warning)  # that all stays dense is what is measured
     always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
@@ -292,7 +292,7 @@ def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         ffn, x = ffn_and_input(shape, 90)
         runs = compiled(ffn, x, **variants)
         launching = burst(runs["dense"], 10) < 0.3
-        seconds, rounds = (0.002, 101) if launching else (0.005, 21)
+        seconds, rounds = (0.0005, 301) if launching else (0.005, 21)
         timed = in_turn(runs, seconds, rounds)
         calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
         pool = torch.cuda.graph_pool_handle()  # of their own, one was 4 % slower with the same kernels
