@@ -6,7 +6,7 @@
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
-medians. A round is a burst of calls after a third as many for warming up, in the opposite order every other round.
+medians. A round is a burst of calls after a third as many for warming up, in each order in turn.
 Bursts of matmuls and FFNs are long enough to reach the power limit. Matmuls run as CUDA graphs, so that no host time
 counts. Clocks are as they come, and sampled. Energy is given for bursts of a second or more.
 
@@ -69,26 +69,34 @@ def ffn_and_input(shape: Shape, zeros: int) -> tuple[FFN, Tensor]:
     return FFN(model_dim, hidden_dim, zeros), torch.randn(tokens, model_dim, device="cuda").bfloat16()
 
 
-def in_turn(runs: Runs, seconds: float, rounds: int, meter: Meter | None = None, each: int = 1) -> dict[str, Row]:
+def in_turn(
+    runs: Runs, seconds: float, rounds: int, meter: Meter | None = None, each: int = 1, turns: int = 1
+) -> dict[str, Row]:
     """Each of ``runs`` in bursts of about ``seconds``: ms a call; with ``meter`` the clock, watts and joules a call.
 
-    ``each``: the calls that one of them makes.
+    ``each``: the calls that one of them makes. ``turns``: bursts a round, whose median is the round's.
     """
     calls = {}
     for name, run in runs.items():
         burst(run, 3)
         calls[name] = max(3, round(seconds * 1000 / burst(run, 5)))
+    names = list(runs)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     metered: dict[str, list[tuple[int | None, float | None]]] = {name: [] for name in runs}
     for number in range(rounds):
-        for name in list(runs)[:: -1 if number % 2 else 1]:
-            burst(runs[name], calls[name] // 3)
-            if meter is None:
-                samples[name].append(burst(runs[name], calls[name]))
-                continue
-            with meter:
-                samples[name].append(burst(runs[name], calls[name]))
-            metered[name].append((meter.mhz(), meter.watts()))
+        took: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(number, number + turns):
+            first = turn % len(names)  # each comes first, and after each other one, as often
+            for name in (names[first:] + names[:first])[:: -1 if turn % 2 else 1]:
+                burst(runs[name], calls[name] // 3)
+                if meter is None:
+                    took[name].append(burst(runs[name], calls[name]))
+                    continue
+                with meter:
+                    took[name].append(burst(runs[name], calls[name]))
+                metered[name].append((meter.mhz(), meter.watts()))
+        for name in runs:
+            samples[name].append(statistics.median(took[name]))
     return {name: row(name, "ms", [ms / each for ms in samples[name]], metered[name]) for name in runs}
 
 
@@ -279,7 +287,7 @@ def step(forward: Callable[[], object], leaves: list[Tensor], grad: Tensor) -> N
 def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The FFN by number of tokens: dense, what the rule chooses, and 2:4 always; each also in a CUDA graph.
 
-    Where launching binds, times drift twofold within milliseconds: there bursts are short, and rounds many.
+    Where launching binds, times drift twofold within milliseconds: there bursts are short, and many.
     """
     warnings.simplefilter("ignore", ao_act24.Act24Warning)  # that all stays dense is what is measured
     always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
@@ -292,8 +300,7 @@ def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         ffn, x = ffn_and_input(shape, 90)
         runs = compiled(ffn, x, **variants)
         launching = burst(runs["dense"], 10) < 0.3
-        seconds, rounds = (0.0005, 301) if launching else (0.005, 21)
-        timed = in_turn(runs, seconds, rounds)
+        timed = in_turn(runs, 0.0005, 41, turns=25) if launching else in_turn(runs, 0.005, 21)
         calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
         pool = torch.cuda.graph_pool_handle()  # of their own, one was 4 % slower with the same kernels
         graphs: Runs = {f"{name} graph": captured(run, calls, pool) for name, run in runs.items()}
