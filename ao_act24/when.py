@@ -3,15 +3,19 @@
 Dense over 2:4 time of a whole FFN, forward, bf16, ``torch.compile`` with default options, both in a CUDA graph, one
 H200, ``python benchmarks/hopper.py --only tokens`` (``benchmarks/results/hopper.json``)::
 
-    D x H            T = 128    256    512   1024   1536   2048   4096  16384
-    1024 x 4096         0.49          0.67   0.90   0.99   1.02   1.25   1.29
-    2048 x 8192         0.48          0.83   1.02   1.12   1.23   1.24
-    4096 x 16384        0.64          1.03   1.22   1.26   1.23   1.25
-    8192 x 32768        0.79   1.00   1.21   1.23   1.25   1.24   1.26
+    D x H            T = 128    512   1024   1536   2048   4096
+    768 x 3072          0.48   0.63   0.80   0.94   1.00   1.27    14563: 1.41
+    1024 x 4096         0.48   0.74   0.86   0.98   1.08   1.23     8192: 1.23
+    2048 x 8192         0.49   0.80   1.06   1.15   1.22   1.23     2176: 1.17
+    3584 x 14336                                                     1552: 1.12
+    4096 x 16384        0.66   1.05   1.22   1.26   1.22   1.27     1152: 1.12
+    4608 x 18432                                                     1168: 1.15
+    8192 x 32768        0.81   1.21   1.22   1.26   1.25   1.26
 
-The rule, from an earlier version of the kernels, starts at 16384, 4096, 1024 and 1024 tokens. It could start earlier by
-this table, which has few sizes: between them rounds may come out uneven (``kernels/schedule.py``). fp16 takes the same
-instructions, and other Hopper cards have less power or memory bandwidth for dense and 2:4 alike: not measured.
+The rule starts at 14564, 8192, 2048 and, from 3584 x 14336 on, 1024 tokens. The uneven sizes to the right are where by
+``kernels/schedule.py`` clusters wait longest: sizes in between should gain no less than those. It could start earlier
+by this table, where less is to be gained. fp16 takes the same instructions, and other Hopper cards have less power or
+memory bandwidth for dense and 2:4 alike: not measured.
 
 Called one by one, without a graph, 2:4 is no slower at the small sizes either: launching binds, and takes less time.
 Few tokens also bind both matmuls to reading the weights, which 2:4 activations do not make smaller.
