@@ -57,7 +57,7 @@ def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[
 
 def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # type: ignore[no-untyped-def]
     if training:
-        return "2:4 is not measured in training yet: training stays dense"
+        return "2:4 is not fast enough in training yet: training stays dense"
     for name, size, factor in (("hidden_dim", hidden_dim, 64), ("model_dim", model_dim, 64)):
         if size is not None and size % factor:
             return f"the 2:4 kernels take {name} divisible by {factor}, got {size}"

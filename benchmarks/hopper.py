@@ -1,12 +1,12 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 15 minutes
+    python benchmarks/hopper.py                  the whole table and its plots: some 15 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
     python benchmarks/hopper.py --only kernels   one of kernels, ffn, tokens, training; the file keeps the others
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
-medians. A round is a burst of calls after a third as many for warming up, in each order in turn.
+medians. A round is a burst of calls after a third as many for warming up; each thing comes first in turn.
 Bursts of matmuls and FFNs are long enough to reach the power limit. Matmuls run as CUDA graphs, so that no host time
 counts. Clocks are as they come, and sampled. Energy is given for bursts of a second or more.
 
@@ -86,8 +86,8 @@ def in_turn(
     for number in range(rounds):
         took: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(number, number + turns):
-            first = turn % len(names)  # each comes first, and after each other one, as often
-            for name in (names[first:] + names[:first])[:: -1 if turn % 2 else 1]:
+            first, back = turn % len(names), turn // len(names) % 2  # as often first as any other
+            for name in (names[first:] + names[:first])[:: -1 if back else 1]:
                 burst(runs[name], calls[name] // 3)
                 if meter is None:
                     took[name].append(burst(runs[name], calls[name]))

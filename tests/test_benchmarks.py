@@ -217,3 +217,13 @@ def test_a_wait_without_a_bound(tmp_path, monkeypatch):
     defines = cuda.matmul_defines("sparse_mm", torch.bfloat16)
     bounded, unbounded = (compile.cubin("sparse_mm", {**defines, **more}) for more in ({}, sanitize.UNBOUNDED))
     assert bounded != unbounded
+
+
+@pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
+def test_each_variant_comes_first_and_last_as_often(names, monkeypatch):
+    started = []
+    monkeypatch.setattr(hopper, "burst", lambda run, calls: started.append(run) or 1.0)
+    hopper.in_turn({name: name for name in names}, 0.003, 2 * len(names))
+    orders = [started[i + 1 : i + 2 * len(names) : 2] for i in range(2 * len(names), len(started), 2 * len(names))]
+    assert len(orders) == 2 * len(names) and all(sorted(order) == list(names) for order in orders)
+    assert all([order[at] for order in orders].count(name) == 2 for name in names for at in (0, -1))

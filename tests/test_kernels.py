@@ -492,7 +492,7 @@ def test_a_model_uses_them_where_they_pay(way, monkeypatch):
         got = run(many)
         assert (got - sparse).norm() < 0.2 * (dense - sparse).norm()
         torch.testing.assert_close(run(few), eager(few), rtol=2e-2, atol=2e-2)
-    out = run(many)  # there are no kernels for the backward yet: training stays dense
+    out = run(many)  # the rule keeps training dense
     torch.testing.assert_close(out, eager(many), rtol=2e-2, atol=2e-2)
     out.sum().backward()
     if way == "backend":
