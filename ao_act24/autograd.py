@@ -19,9 +19,9 @@ below ``relu(h) = 2**-7``, where the gradient's factor is off by up to ``2**-12`
 
 With ``feature_wise`` the last two run in 2:4 along tokens, and are approximate: of every four tokens each feature keeps
 the two largest entries of ``d h`` and of ``y``. Neighbouring tokens fire the same features, so groups are made of
-tokens a quarter of the batch apart; and the features that fire most, of which most would be lost, are done dense. Only
-gradients of weights look across tokens: what a token sees in the forward pass, and sends back, depends on no later one.
-Method: arXiv 2503.16672.
+tokens a quarter of the batch apart; and the features that fire most, of which most would be lost, are done dense: the
+same ones for both, ``d h`` being zero wherever ``y`` is. Only gradients of weights look across tokens: what a token
+sees in the forward pass, and sends back, depends on no later one. Method: arXiv 2503.16672.
 
 An entry that was kept although ``relu(h)`` is zero (a group with fewer than two positive entries) multiplies its
 gradient by zero. So a NaN or an infinity in ``dout`` reaches ``d h`` there as NaN, where dense ReLU would drop it; it
@@ -39,7 +39,11 @@ from ao_act24 import ops
 
 def _matmul_weight_grad(grad: Tensor, dense: Tensor) -> Tensor:
     """``grad.T @ dense`` over all tokens: ``[..., A]`` and ``[..., B]`` to ``[A, B]``."""
-    return grad.reshape(-1, grad.shape[-1]).t() @ dense.reshape(-1, dense.shape[-1])
+    return _rows(grad).t() @ _rows(dense)
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    return tokens.reshape(-1, tokens.shape[-1])
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -98,39 +102,56 @@ def _relu2_ffn_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None
     x, up, down, packed, metadata = ctx.saved_tensors
     need_x, need_up, need_up_bias, need_down, need_down_bias, _ = ctx.needs_input_grad
     hidden: Any = ops.grad_hidden(grad, down, packed, metadata) if need_x or need_up or need_up_bias else None
-    grad_up = grad_up_bias = grad_down = None
-    if ctx.feature_wise and need_up:
-        grad_up, sums = _feature_wise_grad(hidden, metadata, x)
-        grad_up_bias = sums.to(up.dtype) if need_up_bias else None
-    elif need_up or need_up_bias:
-        dense = ops.unpack(hidden, metadata)
-        grad_up = _matmul_weight_grad(dense, x) if need_up else None
-        grad_up_bias = dense.sum_to_size(up.shape[:1]) if need_up_bias else None
-    if ctx.feature_wise and need_down:
-        grad_down = _feature_wise_grad(packed, metadata, grad)[0].t()
-    elif need_down:
-        grad_down = _matmul_weight_grad(grad, ops.unpack(packed, metadata))
+    weight_grads = _feature_wise_grads if ctx.feature_wise else _exact_grads
+    grad_up, grad_up_bias, grad_down = weight_grads(
+        _rows(x), _rows(grad), hidden, packed, metadata, need_up, need_up_bias, need_down
+    )
     return (
         ops.sparse_mm(hidden, metadata, up.t()) if need_x else None,
         grad_up,
-        grad_up_bias,
+        None if grad_up_bias is None else grad_up_bias.to(up.dtype),
         grad_down,
         grad.sum_to_size(grad.shape[-1:]) if need_down_bias else None,
         None,
     )
 
 
-def _feature_wise_grad(packed: Tensor, metadata: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """``unpack(packed, metadata).T @ dense``, in 2:4 along tokens but for the densest features: ``[H, D]``.
+_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]  # of up, its bias, down
 
-    And the sums of the unpacked over tokens, ``[H]``.
-    """
-    dense = dense.reshape(-1, dense.shape[-1])
-    wise, codes, counts, left, sums = ops.feature_wise(packed, metadata, PERMUTED)
-    grad = ops.feature_wise_mm(wise, codes, left, dense, PERMUTED)
-    densest = counts.topk(math.ceil(DENSE_SHARE * counts.shape[0])).indices
-    exact = ops.columns(packed, metadata, densest)
-    return grad.index_copy(0, densest, _matmul_weight_grad(exact, dense)), sums
+
+def _exact_grads(
+    x: Tensor, grad: Tensor, hidden: Tensor, packed: Tensor, metadata: Tensor, up: bool, up_bias: bool, down: bool
+) -> _Grads:
+    dense = ops.unpack(hidden, metadata) if up or up_bias else x
+    return (
+        _matmul_weight_grad(dense, x) if up else None,
+        dense.sum_to_size(dense.shape[-1:]) if up_bias else None,
+        _matmul_weight_grad(grad, ops.unpack(packed, metadata)) if down else None,
+    )
+
+
+def _feature_wise_grads(
+    x: Tensor, grad: Tensor, hidden: Tensor, packed: Tensor, metadata: Tensor, up: bool, up_bias: bool, down: bool
+) -> _Grads:
+    if not (up or up_bias or down):
+        return None, None, None
+    grad_up = sums = grad_down = None
+    wise, codes, counts, left = ops.feature_wise(packed, metadata, PERMUTED, True)
+    densest = choose_densest(counts)
+    if down:
+        exact = _matmul_weight_grad(grad, ops.columns(packed, metadata, densest))
+        grad_down = ops.feature_wise_mm(wise, codes, left, grad, PERMUTED, True).index_copy(1, densest, exact)
+    if up or up_bias:
+        wise, codes, sums, left = ops.feature_wise(hidden, metadata, PERMUTED, False)
+    if up:
+        exact = _matmul_weight_grad(ops.columns(hidden, metadata, densest), x)
+        grad_up = ops.feature_wise_mm(wise, codes, left, x, PERMUTED, False).index_copy(0, densest, exact)
+    return grad_up, sums if up_bias else None, grad_down
+
+
+def choose_densest(counts: Tensor) -> Tensor:
+    """Which features fire most, by the non-zeros ``counts [H]`` of each: ``DENSE_SHARE`` of them, in whole eights."""
+    return counts.argsort(descending=True)[: math.ceil(DENSE_SHARE * counts.shape[0] / 8) * 8]
 
 
 def _sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:

@@ -26,11 +26,18 @@ from torch.utils._pytree import tree_map
 
 from ao_act24.kernels import cuda
 
-DIRECT = {
-    torch.ops.ao_act24.relu2_sparsify.default: "ao_act24_cuda.relu2_sparsify",
-    torch.ops.ao_act24.linear_relu2_sparsify.default: "ao_act24_cuda.linear_relu2_sparsify",
-    torch.ops.ao_act24.sparse_mm.default: "ao_act24_cuda.sparse_mm",
-}
+KERNELS = (  # functions of kernels.cuda, each named as its operator
+    "relu2_sparsify",
+    "linear_relu2_sparsify",
+    "sparse_mm",
+    "relu2_ffn",
+    "grad_hidden",
+    "feature_wise",
+    "feature_wise_mm",
+    "unpack",
+    "columns",
+)
+DIRECT = {getattr(torch.ops.ao_act24, name).default: f"ao_act24_cuda.{name}" for name in KERNELS}
 
 
 class DirectCall(ir.FallbackKernel):

@@ -1,5 +1,6 @@
 """Does 2:4 cost this model accuracy? Measured on the model's own activations, layer by layer and at the loss."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.fx import GraphModule
 
+from ao_act24 import autograd, ops
 from ao_act24.capture import locator, run_captured
 from ao_act24.config import Act24Config
 from ao_act24.kernels import reference
-from ao_act24.passes import Verdict, graph_modules, rewrite_graph
+from ao_act24.passes import Act24Warning, Verdict, graph_modules, rewrite_graph
 from ao_act24.passes.find import Site, find_sites
 from ao_act24.passes.report import as_text, describe
 from ao_act24.phases import ignored
@@ -28,6 +31,9 @@ class Layer:
         dropped: share of its non-zeros that 2:4 drops.
         dropped_energy: share of its sum of squares that 2:4 drops.
         error: ``||sparse - dense|| / ||dense||`` of the FFN's output, for the same input.
+        dropped_across_tokens: share that ``weight_grads="sparse"`` drops of the sum of squares that is left.
+        dropped_gradient: share that it drops of the sum of squares of the gradient by ``h``, in the 2:4 model; None
+            without a loss to differentiate.
         tokens: the number of tokens measured.
     """
 
@@ -36,24 +42,49 @@ class Layer:
     dropped: float = 0.0
     dropped_energy: float = 0.0
     error: float = 0.0
+    dropped_across_tokens: float = 0.0
+    dropped_gradient: float | None = None
     tokens: int = 0
     _total: int = field(default=0, repr=False)
-    _sums: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.float64), repr=False)
+    _sums: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64), repr=False)
+    _gradient_sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64), repr=False)
 
-    def _add(self, square: Tensor, packed: Tensor, sparse: Tensor, dense: Tensor) -> None:
+    def _add(self, square: Tensor, pruned: Tensor, sparse: Tensor, dense: Tensor) -> None:
         zeros = (square == 0).sum()
-        lost = square.numel() - zeros - (packed != 0).sum()
+        lost = square.numel() - zeros - (pruned != 0).sum()
         energy = square.double().square().sum()
-        lost_energy = energy - packed.double().square().sum()
+        left, across = across_tokens(pruned, pruned)
         difference, norm = (sparse.double() - dense.double()).square().sum(), dense.double().square().sum()
-        self._sums += torch.stack([zeros, lost, energy, lost_energy, difference, norm]).cpu()
+        self._sums += torch.stack([zeros, lost, energy, left, across, difference, norm]).cpu()
         self._total += square.numel()
         self.tokens += square.numel() // square.shape[-1]
-        zero, gone, energy_sum, gone_energy, difference_sum, norm_sum = self._sums.tolist()
+        zero, gone, energy_sum, left_sum, across_sum, difference_sum, norm_sum = self._sums.tolist()
         self.zeros = zero / self._total if self._total else 0.0
         self.dropped = gone / (self._total - zero) if self._total > zero else 0.0
-        self.dropped_energy = max(gone_energy, 0.0) / energy_sum if energy_sum else 0.0
+        self.dropped_energy = max(energy_sum - left_sum, 0.0) / energy_sum if energy_sum else 0.0
+        self.dropped_across_tokens = across_sum / left_sum if left_sum else 0.0
         self.error = (difference_sum / norm_sum) ** 0.5 if norm_sum else 0.0
+
+    def _add_gradient(self, gradient: Tensor, pruned: Tensor) -> None:
+        self._gradient_sums += torch.stack(across_tokens(gradient, pruned)).cpu()
+        energy, dropped = self._gradient_sums.tolist()
+        self.dropped_gradient = dropped / energy if energy else 0.0
+
+
+def across_tokens(values: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of squares of ``values``, and how much of it ``weight_grads="sparse"`` drops.
+
+    That is the two smallest of every four tokens of a feature, but for the features in which ``activation`` fires most.
+    Both tensors are ``[..., H]``, dense: the activation itself, or the gradient by ``h`` with it.
+    """
+    squares = values.double().reshape(-1, values.shape[-1]).square()
+    counts = (activation.reshape(-1, values.shape[-1]) != 0).sum(0, dtype=torch.int32)
+    quarter = squares.shape[0] // 4
+    sizes, four = ((4, quarter), 0) if autograd.PERMUTED else ((quarter, 4), 1)
+    groups = squares[: 4 * quarter].unflatten(0, sizes)
+    dropped = groups.topk(2, four, largest=False).values.sum((0, 1))
+    dropped[autograd.choose_densest(counts)] = 0
+    return squares.sum(), dropped.sum()
 
 
 @dataclass(frozen=True)
@@ -78,11 +109,13 @@ class Measurement:
 
         table = Table(title="what 2:4 does to each FFN", title_justify="left")
         table.add_column("FFN", no_wrap=True)
-        for column in ("tokens", "zeros", "non-zeros dropped", "energy dropped", "output error"):
+        across = ("energy, across tokens", "gradient, across tokens")
+        for column in ("tokens", "zeros", "non-zeros dropped", "energy dropped", "output error", *across):
             table.add_column(column, justify="right")
         for layer in self.layers:
-            shares = (layer.zeros, layer.dropped, layer.dropped_energy, layer.error)
-            table.add_row(Text(layer.path), f"{layer.tokens:,}", *(f"{share:.3%}" for share in shares))
+            shares = (layer.zeros, layer.dropped, layer.dropped_energy, layer.error, layer.dropped_across_tokens)
+            cells = ("–" if share is None else f"{share:.3%}" for share in (*shares, layer.dropped_gradient))
+            table.add_row(Text(layer.path), f"{layer.tokens:,}", *cells)
         loss = f"model output error {self.output_error:.3%}"
         if self.dense_loss is not None and self.sparse_loss is not None:
             change = self.sparse_loss - self.dense_loss
@@ -122,8 +155,10 @@ def measure(
 ) -> Measurement:
     """Run ``model(*inputs, **kwargs)`` dense and in 2:4, and compare every FFN and the result.
 
-    Both runs are without gradients, in the current training mode, and leave the model, its buffers and torch's
-    random state as they were. The 2:4 run computes the exact semantics on any device, with no claim to speed.
+    Both runs are without gradients, in the current training mode. Where there is a loss, and gradients are not switched
+    off around the call, a third run, in 2:4, differentiates it by what ``weight_grads="sparse"`` would prune. All leave
+    the model, its buffers and gradients, and torch's random state as they were, compute the exact semantics on any
+    device, and make no claim to speed.
 
     Args:
         model: a module or function; may be compiled or transformed already.
@@ -138,61 +173,108 @@ def measure(
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of the model's output, got {type(loss).__name__}")
     layers: dict[tuple[Any, ...], Layer] = {}
+    with_gradients = torch.is_grad_enabled()
+
+    def run(stand_in: StandIn | None) -> Any:
+        return run_captured(model, inputs, kwargs, _Probe(model, layers, progress, stand_in))
+
     with _Progress() as progress, torch.no_grad(), ignored():
-        dense = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=False))
-        sparse = run_captured(model, inputs, kwargs, _Probe(model, layers, progress, sparse=True))
-    if not layers:
-        raise ValueError("model has no Linear→ReLU²→Linear block that can run in 2:4: explain(model, *inputs) says why")
+        dense, sparse = run(_compare), run(None)
+        if not layers:
+            raise ValueError(
+                "model has no Linear→ReLU²→Linear block that can run in 2:4: explain(model, *inputs) says why"
+            )
+        losses = (_loss(dense, loss), _loss(sparse, loss))
+        dense_loss, sparse_loss = (None if value is None else float(value) for value in losses)
+        if with_gradients and sparse_loss is not None:
+            _add_gradients(lambda stand_in: _loss(run(stand_in), loss))
     error = _relative_error(_first_tensor(sparse), _first_tensor(dense))
-    return Measurement(tuple(layers.values()), _loss(dense, loss), _loss(sparse, loss), error)
+    return Measurement(tuple(layers.values()), dense_loss, sparse_loss, error)
+
+
+# of a sparse matmul: the layer, packed, metadata, weight, bias, and h
+StandIn = Callable[[Layer, Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
+
+def _compare(layer: Layer, packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
+    """Measure the layer, and go on with the dense result."""
+    sparse = ops.sparse_mm(packed, metadata, weight, bias)
+    square = reference.relu2(h)
+    dense = torch.nn.functional.linear(square.to(packed.dtype), weight, bias)
+    layer._add(square, ops.unpack(packed, metadata), sparse, dense)
+    return dense
+
+
+def _add_gradients(loss: Callable[[StandIn], Tensor | float | None]) -> None:
+    """Differentiate by each layer's ``h``, and by nothing else: every ``.grad`` stays as it is."""
+    seen: list[tuple[Layer, Tensor, Tensor]] = []
+    edges: list[GradientEdge] = []
+
+    def note(layer: Layer, packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
+        if h.requires_grad:
+            seen.append((layer, packed.detach(), metadata))
+            edges.append(get_gradient_edge(h))
+        return ops.sparse_mm(packed, metadata, weight, bias)
+
+    try:
+        with torch.enable_grad():
+            value = loss(note)
+        if not (edges and isinstance(value, Tensor) and value.requires_grad):
+            return
+        gradients = torch.autograd.grad(value, edges, allow_unused=True)
+    except RuntimeError as error:  # something has no gradient, or there is no memory for it
+        warnings.warn(f"measure leaves out the gradients: {error}", Act24Warning, stacklevel=3)
+        return
+    for (layer, packed, metadata), gradient in zip(seen, gradients):
+        if gradient is not None:
+            layer._add_gradient(gradient, ops.unpack(packed, metadata))
 
 
 @dataclass(eq=False)  # Dynamo compares backends
 class _Probe:
-    """A Dynamo backend that runs graphs eagerly with a stand-in for each sparse matmul.
-
-    Without ``sparse`` the stand-in measures the layer and goes on with the dense result.
-    """
+    """A Dynamo backend that runs graphs eagerly in 2:4, with a stand-in, if there is one, for each sparse matmul."""
 
     model: Callable[..., Any]
     layers: dict[tuple[Any, ...], Layer]  # by the names of its weights, its path and its line of code
     progress: "_Progress"
-    sparse: bool
-    args: tuple[Any, ...] = ()  # of the graph that is running
+    stand_in: StandIn | None
+    args: tuple[Any, ...] | None = None  # of the graph that is running
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         sites = 0
         for module in graph_modules(gm):
             rewrite_graph(module.graph, Act24Config(emulate=True))
             for site in find_sites(module.graph):
-                if site.rewritten and not self.sparse:
-                    self._replace(site, locator(gm, self.model, site, describe(site, "")))
+                if site.rewritten and self.stand_in is not None:
+                    self._replace(site, self.stand_in, locator(gm, self.model, site, describe(site, "")))
                     sites += 1
             module.recompile()
 
         def run(*args: Any) -> Any:
             self.args = args
             self.progress.expect(sites)
-            return gm.forward(*args)
+            out = gm.forward(*args)
+            self.args = None
+            return out
 
         return run
 
-    def _replace(self, site: Site, locate: Callable[[tuple[Any, ...]], tuple[tuple[str, ...], Verdict]]) -> None:
+    def _replace(
+        self, site: Site, stand_in: StandIn, locate: Callable[[tuple[Any, ...]], tuple[tuple[str, ...], Verdict]]
+    ) -> None:
         assert site.relu2 is not None
 
-        def measured(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
+        def located(*args: Any) -> Tensor:
+            if self.args is None:  # a backward recomputes what was checkpointed
+                return ops.sparse_mm(*args[:-1])
             weights, verdict = locate(self.args)
             key = (weights, verdict.path, verdict.source)
-            layer = self.layers.setdefault(key, Layer(verdict.path or verdict.source))
-            sparse = torch.ops.ao_act24.sparse_mm(packed, metadata, weight, bias)
-            square = reference.relu2(h)
-            dense = torch.nn.functional.linear(square.to(packed.dtype), weight, bias)
-            layer._add(square, packed, sparse, dense)
+            out = stand_in(self.layers.setdefault(key, Layer(verdict.path or verdict.source)), *args)
             self.progress.advance()
-            return dense
+            return out
 
         node = site.node
-        node.target, node.args = measured, (*node.args, site.relu2.h)
+        node.target, node.args = located, (*node.args, site.relu2.h)
 
 
 class _Progress:
@@ -220,15 +302,15 @@ class _Progress:
         self._bar.advance(self._task)
 
 
-def _loss(output: Any, loss: Callable[[Any], Tensor] | None) -> float | None:
+def _loss(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor | float | None:
     if loss is not None:
         value = loss(output)
         if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise TypeError(f"loss must return a scalar, got {got}")
-        return float(value)
+        return value
     value = getattr(output, "loss", output)
-    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else None
+    return value if isinstance(value, Tensor) and value.numel() == 1 else None
 
 
 def _first_tensor(output: Any) -> Tensor | None:

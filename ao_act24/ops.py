@@ -12,8 +12,8 @@ for training both matmuls in one, and what its gradient is made of, without grad
 
     relu2_ffn(x, up, up_bias, down, down_bias, feature_wise)   -> out, packed, metadata
     grad_hidden(grad, down, packed, metadata)           -> packed           by h: mask * (grad @ down) * 2 relu(h)
-    feature_wise(packed, metadata, permuted)            -> packed, metadata, counts, left, sums     2:4 along tokens
-    feature_wise_mm(packed, metadata, left, dense, permuted)  -> grad       unpacked.T @ dense of such
+    feature_wise(packed, metadata, permuted, counted)   -> packed, metadata, totals, left     2:4 along tokens
+    feature_wise_mm(packed, metadata, left, dense, permuted, transposed)  -> grad   unpacked.T @ dense of such
     columns(packed, metadata, index)                    -> dense            unpack(packed, metadata)[..., index]
 
 ``[..., H]`` dense tensors have H divisible by 4; leading dimensions are tokens; ``packed`` is ``[..., H / 2]``,
@@ -293,11 +293,6 @@ def _plain_ffn(x, up, up_bias, down, down_bias, feature_wise):  # type: ignore[n
     )
 
 
-def _fast_ffn(x, up, up_bias, down, down_bias, feature_wise):  # type: ignore[no-untyped-def]
-    packed, metadata = cuda.linear_relu2_sparsify(x, up, up_bias)
-    return cuda.sparse_mm(packed, metadata, down, down_bias), packed, metadata
-
-
 def _fake_ffn(x, up, up_bias, down, down_bias, feature_wise):  # type: ignore[no-untyped-def]
     out = x.new_empty((*x.shape[:-1], down.shape[0]))
     return out, *_fake_pack(x.new_empty((*x.shape[:-1], up.shape[0])))
@@ -310,16 +305,17 @@ def _check_grad_hidden(grad: Tensor, down: Tensor, packed: Tensor, metadata: Ten
     torch._check_value(packed.shape == want, lambda: f"packed must have shape {tuple(want)}, got {tuple(packed.shape)}")
 
 
-def _fake_feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, ...]:
+def _fake_feature_wise(packed: Tensor, metadata: Tensor, permuted: bool, counted: bool) -> tuple[Tensor, ...]:
     tokens, hidden_dim = math.prod(packed.shape[:-1]), packed.shape[-1] * 2
     codes = packed.new_empty(layout.metadata_shape((hidden_dim, tokens // 4 * 4)), dtype=torch.uint8)
-    counts = packed.new_empty(hidden_dim, dtype=torch.int32)
-    sums = packed.new_empty(hidden_dim, dtype=reference.accumulation_dtype(packed.dtype))
-    left = packed.new_empty((3, hidden_dim))
-    return packed.new_empty((tokens // 4 * 2, hidden_dim)), codes, counts, left, sums
+    dtype = torch.int32 if counted else reference.accumulation_dtype(packed.dtype)
+    totals, left = packed.new_empty(hidden_dim, dtype=dtype), packed.new_empty((3, hidden_dim))
+    return packed.new_empty((tokens // 4 * 2, hidden_dim)), codes, totals, left
 
 
-def _check_feature_wise_mm(packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool) -> None:
+def _check_feature_wise_mm(
+    packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool, transposed: bool
+) -> None:
     _floating("packed", packed)
     torch._check_value(
         packed.dim() == 2 and packed.shape[0] % 2 == 0,
@@ -351,9 +347,9 @@ _define(
     "relu2_ffn(Tensor x, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, bool feature_wise)"
     " -> (Tensor out, Tensor packed, Tensor metadata)",
     _check_ffn,
-    lambda x, up, up_bias, down, down_bias, feature_wise: reference.relu2_ffn(x, up, up_bias, down, down_bias),
+    reference.relu2_ffn,
     _fake_ffn,
-    (_fast_ffn, _plain_ffn),
+    (cuda.relu2_ffn, _plain_ffn),
 )
 _define(
     "grad_hidden(Tensor grad, Tensor down, Tensor packed, Tensor metadata) -> Tensor",
@@ -363,18 +359,21 @@ _define(
     (cuda.grad_hidden, _never),
 )
 _define(
-    "feature_wise(Tensor packed, Tensor metadata, bool permuted)"
-    " -> (Tensor packed, Tensor metadata, Tensor counts, Tensor left, Tensor sums)",
-    lambda packed, metadata, permuted: _check_packed(packed, metadata),
+    "feature_wise(Tensor packed, Tensor metadata, bool permuted, bool counted)"
+    " -> (Tensor packed, Tensor metadata, Tensor totals, Tensor left)",
+    lambda packed, metadata, permuted, counted: _check_packed(packed, metadata),
     reference.feature_wise,
     _fake_feature_wise,
     (cuda.feature_wise, _never),
 )
 _define(
-    "feature_wise_mm(Tensor packed, Tensor metadata, Tensor left, Tensor dense, bool permuted) -> Tensor",
+    "feature_wise_mm(Tensor packed, Tensor metadata, Tensor left, Tensor dense, bool permuted, bool transposed)"
+    " -> Tensor",
     _check_feature_wise_mm,
     reference.feature_wise_mm,
-    lambda packed, metadata, left, dense, permuted: dense.new_empty((packed.shape[1], dense.shape[1])),
+    lambda packed, metadata, left, dense, permuted, transposed: dense.new_empty(
+        (dense.shape[1], packed.shape[1]) if transposed else (packed.shape[1], dense.shape[1])
+    ),
     (cuda.feature_wise_mm, _never),
 )
 _define(

@@ -87,9 +87,9 @@ def sampled_mm(grad: Tensor, weight: Tensor, metadata: Tensor) -> Tensor:
 
 
 def relu2_ffn(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, feature_wise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The two matmuls and the packing in between: ``out, packed, metadata``."""
+    """The two matmuls and the packing in between: ``out, packed, metadata``. (``feature_wise`` is for gradients.)"""
     packed, metadata = relu2_sparsify(torch.nn.functional.linear(x, up, up_bias))
     return sparse_mm(packed, metadata, down, down_bias), packed, metadata
 
@@ -102,7 +102,9 @@ def grad_hidden(grad: Tensor, weight: Tensor, packed: Tensor, metadata: Tensor) 
     return sampled_mm(grad, weight, metadata) * (packed.sqrt() * 2)
 
 
-def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def feature_wise(
+    packed: Tensor, metadata: Tensor, permuted: bool, counted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token-wise 2:4 to feature-wise: of every four tokens the two entries of largest magnitude, for each feature.
 
     With Q = tokens // 4, group j is made of tokens ``j, j + Q, j + 2 Q, j + 3 Q``, which have little to do with each
@@ -111,19 +113,24 @@ def feature_wise(packed: Tensor, metadata: Tensor, permuted: bool) -> tuple[Tens
     Returns:
         packed: ``[2 Q, H]``: rows 2 j and 2 j + 1 are what was kept of group j.
         metadata: of ``[H, 4 Q]``, a row a feature: as in ``layout``.
-        counts: ``[H]``, int32: non-zeros of each feature, of all tokens, before.
+        totals: ``[H]``: of each feature, over all tokens, before: if ``counted`` the number of non-zeros, int32, else
+            the sum, fp32 (fp64 of fp64).
         left: ``[3, H]``, dense: the last ``tokens % 4`` tokens, then zeros. (Of one size: no graph depends on it.)
-        sums: ``[H]``, fp32 (fp64 of fp64): of each feature, over all tokens, before.
     """
     dense = unpack(packed, metadata)
     dense = dense.reshape(-1, dense.shape[-1])
     whole = dense.shape[0] // 4 * 4
     rows = _in_groups(dense[:whole], permuted).flatten(0, 1).t()
     index = two_largest(rows)
-    counts = (dense != 0).sum(0, dtype=torch.int32)
-    sums = dense.sum(0, dtype=accumulation_dtype(dense.dtype))
     left = torch.cat([dense[whole:], dense.new_zeros(3 - dense[whole:].shape[0], dense.shape[1])])
-    return take(rows, index).t().contiguous(), layout.encode(index), counts, left, sums
+    return take(rows, index).t().contiguous(), layout.encode(index), total(dense, counted), left
+
+
+def total(dense: Tensor, counted: bool) -> Tensor:
+    """``totals`` of ``feature_wise``, of ``[tokens, H]``."""
+    if counted:
+        return (dense != 0).sum(0, dtype=torch.int32)
+    return dense.sum(0, dtype=accumulation_dtype(dense.dtype))
 
 
 def _in_groups(tokens: Tensor, permuted: bool) -> Tensor:
@@ -132,13 +139,16 @@ def _in_groups(tokens: Tensor, permuted: bool) -> Tensor:
     return tokens.unflatten(0, (4, quarter)).transpose(0, 1) if permuted else tokens.unflatten(0, (quarter, 4))
 
 
-def feature_wise_mm(packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool) -> Tensor:
-    """``y.T @ dense`` of a ``feature_wise`` y and ``[tokens, D]``: ``[H, D]``."""
+def feature_wise_mm(
+    packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool, transposed: bool
+) -> Tensor:
+    """``y.T @ dense`` of a ``feature_wise`` y and ``[tokens, D]``: ``[H, D]``; ``transposed``: ``[D, H]``."""
     wide = accumulation_dtype(packed.dtype)
     rows = unpack(packed.t(), metadata).to(wide)
     groups = _in_groups(dense[: rows.shape[1]].to(wide), permuted)
     rest = dense[rows.shape[1] :].to(wide)
-    return (rows @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
+    out = (rows @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
+    return out.t().contiguous() if transposed else out
 
 
 def columns(packed: Tensor, metadata: Tensor, index: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ inline std::barrier<>* block_barrier;
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __restrict__
 #define __shared__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -41,7 +41,6 @@ inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 
 inline void __trap() { abort(); }
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-inline void atomicAdd(int* sum, int more) { __atomic_fetch_add(sum, more, __ATOMIC_SEQ_CST); }
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
@@ -84,6 +83,12 @@ u32 permute_bytes(u32 a, u32 b) {
     const u8 byte = (u8)(bytes >> (8 * (which & 7)));
     word |= (u32)(which & 8 ? (byte & 0x80 ? 0xFF : 0) : byte) << (8 * i);
   }
+  return word;
+}
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+  const u64 bytes = (u64)b << 32 | a;
+  u32 word = 0;
+  for (int i = 0; i < 4; ++i) word |= (u32)(u8)(bytes >> (8 * (selector >> (4 * i) & 7))) << (8 * i);
   return word;
 }
 inline uint4 load_streaming(const void* pointer) {

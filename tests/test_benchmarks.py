@@ -15,17 +15,18 @@ import pytest
 import sanitize
 import torch
 from summary import FFN_SHAPES, MATMUL_SHAPES, named, show, summary
+from test_csrc import instructions
 
-from ao_act24.kernels import compile, cuda, schedule
+from ao_act24.kernels import compile, cuda, plans, schedule
 
 HOST = (16, 2048, 8192)
 
 
-def timed(shape, zeros=90, **ms):
+def timed(shape, zeros=90, dtype=torch.bfloat16, **ms):
     """Rows of what took how many ms: a name's underscores are spaces, and ``x24`` is 2:4."""
     names = {name: name.replace("_", " ").replace("x24", "2:4") for name in ms}
     found = {names[name]: hopper.row(names[name], "ms", [1.01 * ms[name], ms[name], 0.98 * ms[name]]) for name in ms}
-    return hopper.placed(found, shape, zeros)
+    return hopper.placed(found, shape, zeros, dtype)
 
 
 @pytest.fixture
@@ -78,6 +79,22 @@ def test_summary(made_up, capsys):
     show(figures)
     assert "≥ 1.42" in capsys.readouterr().out
     assert not summary({}), "parts that were not measured are left out"
+
+
+def test_few_tokens_over_the_faster_dense_mode():
+    """In fp16 apart."""
+    start = (1024, 4096, 16384)
+    bf16 = timed(start, dense=1.3, dense_tuned=1.1, chosen=1, dense_graph=1.2, dense_tuned_graph=1.3, chosen_graph=1)
+    fp16 = timed(start, dtype=torch.float16, dense=1, chosen=2, dense_graph=1, chosen_graph=4)
+    reached = {row["figure"]: row["reached"] for row in summary({"tokens": {"rows": bf16 + fp16}})}
+    few = "FFN of few tokens over dense"
+    assert reached == {
+        f"{few}: least": pytest.approx(1.1),
+        f"{few}, in a CUDA graph: least": pytest.approx(1.2),
+        f"{few}, fp16: least": 0.5,
+        f"{few}, fp16, in a CUDA graph: least": 0.25,
+    }
+    assert "chosen float16" in hopper.line(fp16[1])
 
 
 def test_what_disturbs_a_round_disturbs_both(made_up):
@@ -174,6 +191,7 @@ RACE = f"""========= COMPUTE-SANITIZER
         (RACE, {}, "1 errors", 1, 1),
         (INVALID, {"planted": True}, "caught", 256, 1),
         (INVALID.replace("relu2_sparsify", "fill_kernel"), {"planted": True}, "missed", 256, 0),
+        (RACE.replace("sparse_mm", "planted_race"), {"planted": True}, "caught", 1, 1),
         (CLEAN, {"planted": True}, "missed", 0, 0),
     ],
 )  # fmt: skip
@@ -211,12 +229,26 @@ def test_the_sanitizers_see_every_kernel():
     assert {matmul or other for matmul, other in entries} == set(sanitize.KERNELS.split()) and len(entries) == 8
 
 
+def test_the_planted_race(tmp_path):
+    sass = " ".join(instructions(bytes(sanitize.compiled_race().code), tmp_path))
+    assert re.search(r"\bSTS\b.*\bLDS\b", sass) and "BAR" not in sass
+
+
 def test_a_wait_without_a_bound(tmp_path, monkeypatch):
     """The macro reaches the kernel: without the bound there is nothing to trap."""
     monkeypatch.setenv("AO_ACT24_CACHE_DIR", str(tmp_path))
-    defines = cuda.matmul_defines("sparse_mm", torch.bfloat16)
+    defines = plans.matmul_defines("sparse_mm", torch.bfloat16)
     bounded, unbounded = (compile.cubin("sparse_mm", {**defines, **more}) for more in ({}, sanitize.UNBOUNDED))
     assert bounded != unbounded
+
+
+@pytest.mark.parametrize("script", [hopper, sanitize])
+def test_without_a_gpu(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["it.py"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert (ended.value.code, capsys.readouterr().err) == (2, "it.py needs a Hopper GPU, found none\n")
 
 
 @pytest.mark.parametrize("names", ["ab", "abc", "abcd"])

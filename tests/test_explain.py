@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ao_act24
+from ao_act24 import autograd, ops
+from ao_act24.measure import across_tokens
 
 
 class Model(nn.Module):
@@ -238,6 +240,78 @@ def test_measure_equals_what_it_defines(tmp_path):
     assert "layers.0" in str(result) and "loss dense" in str(result) and "loss dense" not in str(again)
     result.plot(tmp_path / "measure.png")
     assert (tmp_path / "measure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_what_sparse_gradients_of_weights_drop_of_four_tokens(permuted, monkeypatch):
+    monkeypatch.setattr(autograd, "PERMUTED", permuted)
+    values = torch.tensor([1.0, 5, 2, 6, 3, 7, 4, 8, 9])[:, None].expand(
+        9, 16
+    )  # 1 2 3 4 and 5 6 7 8, and one left over
+    fires = torch.arange(9)[:, None] < torch.arange(16)  # least in the first eight features: the others are done dense
+    energy, dropped = across_tokens(values, fires)
+    assert energy == 16 * 285 and dropped == 8 * (1 + 4 + 25 + 36 if permuted else 1 + 4 + 9 + 16)
+
+
+def test_measure_equals_what_sparse_gradients_of_weights_drop(monkeypatch):
+    """Features fire in runs of eight tokens. ``x`` is the identity, and so is the gradient of the output: the weights'
+    gradients are what is multiplied by them, pruned or not."""
+    runs = (torch.rand(256, 16) < 0.2).repeat_interleave(8, dim=1)
+    mlp, x = MLP(dim=128, hidden=256).double(), torch.eye(128, dtype=torch.float64)
+    mlp.up.weight.data = torch.where(runs, 1.0, -1.0).double() * torch.rand(256, 128).double()
+    nn.init.zeros_(mlp.up.bias)
+    shares = {}
+    for permuted in (True, False):
+        monkeypatch.setattr(autograd, "PERMUTED", permuted)
+        (layer,) = ao_act24.measure(mlp, x, loss=lambda out: out.diagonal().sum()).layers
+        weights = [mlp.up.weight, mlp.down.weight]
+        operands = [x, mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias]
+        sparse, dense = (
+            torch.autograd.grad(ops.relu2_ffn(*operands, pruned)[0].diagonal().sum(), weights)
+            for pruned in (True, False)
+        )
+        gradient, energy = (float(1 - a.square().sum() / b.square().sum()) for a, b in zip(sparse, dense))
+        assert layer.dropped_across_tokens == pytest.approx(energy)
+        assert layer.dropped_gradient == pytest.approx(gradient)
+        shares[permuted] = energy, gradient
+    assert all(0 < apart < 0.1 * near for apart, near in zip(shares[True], shares[False]))
+
+
+def test_measure_gradients_where_there_is_a_loss_to_differentiate():
+    model, x = Broken().eval(), torch.randn(64, 16)
+
+    def gradients(model, **loss):
+        return [layer.dropped_gradient for layer in ao_act24.measure(model, x, **loss).layers]
+
+    assert gradients(model) == [None] * 3 == gradients(model, loss=lambda out: float(out.mean()))
+    assert ("–" in str(ao_act24.measure(model, x))) and "–" not in str(ao_act24.measure(model, x, loss=torch.mean))
+    with torch.no_grad():
+        assert gradients(model, loss=torch.mean) == [None] * 3
+    found = gradients(model, loss=torch.mean)
+    assert all(0 < share < 0.5 for share in found)
+    assert gradients(lambda x: model(x).mean()) == found
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gradients(model, loss=torch.mean) == pytest.approx(found, rel=0.2)
+    model.inner["a"].requires_grad_(False)
+    assert gradients(model, loss=torch.mean) == [None, None, found[2]]
+
+
+def test_measured_gradients_leave_no_trace():
+    model, x = Broken().eval(), torch.randn(6, 16, requires_grad=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    random = torch.get_rng_state()
+    assert ao_act24.measure(model, x, loss=lambda out: out.square().mean()).layers[0].dropped_gradient > 0
+    assert x.grad is None and all(parameter.grad.eq(1).all() for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_model_without_gradients_is_measured_without():
+    model, x = Model(), torch.randn(6, 16)  # its buffers, saved for backward, are put back before
+    with pytest.warns(ao_act24.Act24Warning, match="measure leaves out the gradients: .* inplace operation"):
+        layers = ao_act24.measure(model, x, loss=torch.mean).layers
+    assert all(layer.dropped_gradient is None and layer.error > 0 for layer in layers)
+    assert not model.norm.running_mean.any()
 
 
 def test_measure_sums_over_calls_of_a_shared_layer():

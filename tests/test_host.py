@@ -21,17 +21,18 @@ void run_pack(const u16* h, i64 stride, u16* packed, u32* metadata, i64 rows, i6
   if (any) launch(relu2_sparsify_any, (width + 2047) / 2048, padded, h, stride, packed, (u8*)metadata, rows, columns);
   else launch(relu2_sparsify, (width + 4095) / 4096, padded / 2, h, stride, packed, metadata, rows, columns);
 }
-void run_feature_wise(const u16* packed, const u16* metadata, u16* wise, uint4* codes, int* counts, float* sums,
-                      i64 quarter, i64 width, i64 permuted) {
-  launch(feature_wise, (width + 127) / 128, (quarter + 63) / 64, packed, metadata, wise, codes, counts, sums, quarter,
-         width, permuted);
+void run_feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* codes, void* totals, i64 quarter,
+                      i64 width, i64 permuted, bool counted) {
+  const int x = (width + 255) / 256, y = (quarter + 63) / 64;
+  if (counted) launch(feature_wise_counts, x, y, packed, metadata, wise, codes, (int*)totals, quarter, width, permuted);
+  else launch(feature_wise_sums, x, y, packed, metadata, wise, codes, (float*)totals, quarter, width, permuted);
 }
 void run_unpack(const u16* packed, const u16* metadata, u16* dense, i64 rows, i64 width) {
   launch(unpack, (width + 4095) / 4096, rows, packed, metadata, dense, rows, width);
 }
-void run_columns(const u16* packed, const u16* metadata, const i64* index, u16* dense, i64 rows, i64 width,
+void run_columns(const u16* packed, const u32* metadata, const i64* index, u16* dense, i64 rows, i64 width,
                  i64 chosen) {
-  launch(columns, (chosen + 255) / 256, rows, packed, metadata, index, dense, rows, width, chosen);
+  launch(columns, (chosen + 255) / 256, (rows + 15) / 16, packed, metadata, index, dense, rows, width, chosen);
 }
 }
 """
@@ -83,18 +84,20 @@ def test_packing(tokens, hidden_dim, any_size, host):
     assert same_bits(got[0], packed) and torch.equal(got[1], metadata)
 
 
+@pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("permuted", [True, False])
-@pytest.mark.parametrize(("tokens", "hidden_dim"), [(4, 64), (130, 192), (1030, 128)])
-def test_feature_wise(tokens, hidden_dim, permuted, host):
+@pytest.mark.parametrize(("tokens", "hidden_dim"), [(4, 64), (130, 192), (1030, 128), (1072, 576)])
+def test_feature_wise(tokens, hidden_dim, permuted, counted, host):
     h = hidden(tokens, hidden_dim)
     h[1, :2] = float("nan")
     packed, metadata = reference.sparsify(h)
-    wise, codes, counts, left, sums = reference.feature_wise(packed, metadata, permuted)
-    got = poisoned(wise), poisoned(codes), (left != 0).sum(0, dtype=torch.int32)
-    partial = torch.full((-(-(tokens // 4) // 64), hidden_dim), 7.0)
-    host("run_feature_wise", packed, metadata, *got, partial, tokens // 4, hidden_dim, permuted)
-    assert same_bits(got[0], wise) and torch.equal(got[1], codes) and torch.equal(got[2], counts)
-    torch.testing.assert_close(partial.sum(0) + left.float().sum(0), sums, equal_nan=True)
+    wise, codes, totals, left = reference.feature_wise(packed, metadata, permuted, counted)
+    got = poisoned(wise), poisoned(codes)
+    partial = torch.full((-(-(tokens // 4) // 64), hidden_dim), 7, dtype=totals.dtype)
+    host("run_feature_wise", packed, metadata, *got, partial, tokens // 4, hidden_dim, permuted, counted)
+    assert same_bits(got[0], wise) and torch.equal(got[1], codes)
+    rest = (left != 0).sum(0) if counted else left.float().sum(0)
+    torch.testing.assert_close((partial.sum(0) + rest).to(totals.dtype), totals, equal_nan=True)
 
 
 @pytest.mark.parametrize(("tokens", "hidden_dim"), [(1, 16), (33, 272), (5, 4112)])

@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import ao_act24
 from ao_act24 import when
-from ao_act24.kernels import cuda, reference, schedule
+from ao_act24.kernels import cuda, layout, reference, schedule
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
@@ -41,6 +41,12 @@ def check_packing(h):
 def test_packing_of_any_shape(tokens, hidden_dim, dtype):
     check_packing(random(tokens, hidden_dim, dtype=dtype))
     check_packing(random(2, tokens, hidden_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_dim", [4112, 68])  # of whole sixteens, and not
+def test_packing_of_many_tokens(hidden_dim, dtype):
+    check_packing(random(8191, hidden_dim, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,14 +145,18 @@ def test_the_first_matmul_packs_the_bits_of_its_result(tokens, model_dim, hidden
 
 
 def test_the_first_matmul_is_as_exact_as_a_dense_one():
+    """Over what both keep, zeros included: where rounding decides between two entries, they may differ."""
     x, weight = random(3000, 2048), random(4096, 2048) / 2048**0.5
     exact = F.linear(x.double(), weight.double()).clamp_min(0).square()
-    packed, metadata = cuda.linear_relu2_sparsify(x, weight)
-    dense = reference.unpack(*reference.relu2_sparsify(F.linear(x, weight)))
-    errors = [(out.double() - exact)[out != 0].norm() for out in (reference.unpack(packed, metadata), dense)]
+    got, dense = cuda.linear_relu2_sparsify(x, weight), reference.relu2_sparsify(F.linear(x, weight))
+    kept = [layout.decode(metadata, exact.shape) for _, metadata in (got, dense)]
+    both = (kept[0] == kept[1]).flatten(-2)
+    assert both.float().mean() > 0.99 and got[0].any()
+    want = reference.take(exact, kept[1])
+    errors = [(packed.double() - want)[both].norm() for packed, _ in (got, dense)]
     assert errors[0] <= 1.02 * errors[1]
     for _ in range(100):
-        assert all(torch.equal(*pair) for pair in zip(cuda.linear_relu2_sparsify(x, weight), (packed, metadata)))
+        assert all(torch.equal(*pair) for pair in zip(cuda.linear_relu2_sparsify(x, weight), got))
 
 
 def test_the_first_matmul_with_nan_and_infinity():
@@ -231,6 +241,23 @@ def test_nan_and_infinity_stay_in_their_rows():
     assert out[5].isnan().all() and (out[9] == float("inf")).all()
     rest = [row for row in range(300) if row not in (5, 9)]
     assert out[rest].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_are_not_finite(dtype):
+    """They reach the tokens that keep what they multiply, be it a zero, and no others: better than dense, where each
+    zero times NaN is NaN."""
+    packed, metadata = cuda.relu2_sparsify(random(300, 512, dtype=dtype))
+    weight = random(320, 512, dtype=dtype)
+    want = cuda.sparse_mm(packed, metadata, weight)
+    assert want.isfinite().all()
+    kept = reference.unpack(torch.ones_like(packed), metadata).bool()
+    reached = torch.zeros_like(want, dtype=torch.bool)
+    weight[3, 17], weight[5, 100] = float("nan"), float("inf")
+    reached[:, 3], reached[:, 5] = kept[:, 17], kept[:, 100]
+    got = cuda.sparse_mm(packed, metadata, weight)
+    assert not got[reached].isfinite().any() and torch.equal(got[~reached], want[~reached])
+    assert not reference.sparse_mm(packed, metadata, weight)[:, [3, 5]].isfinite().any()
 
 
 def test_the_same_bits_every_time():
@@ -355,7 +382,8 @@ def small_integers(*shape, dtype=torch.bfloat16, most=1):
     return torch.randint(-most, most + 1, shape, device="cuda").to(dtype)
 
 
-GRADIENT_SIZES = [(1, 64, 64), (7, 64, 192), (130, 320, 512), (1283, 584, 2112), (4096, 256, 320)]  # tokens, D, H
+# tokens, D, H; a quarter of the tokens is a multiple of four, and not
+GRADIENT_SIZES = [(1, 64, 64), (7, 64, 192), (130, 320, 512), (1283, 584, 2112), (1039, 128, 576), (4096, 256, 320)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -390,17 +418,21 @@ def test_feature_wise(size, permuted, dtype):
     h[::3, 1::5] = -0.0
     h[tokens // 2, :8], h[0, 8:16] = float("nan"), float("-inf")
     packed, metadata = reference.sparsify(h)
-    got, want = (each.feature_wise(packed, metadata, permuted) for each in (cuda, reference))
-    for index in (0, 3):  # with a NaN
-        assert torch.equal(got[index].view(torch.int16), want[index].view(torch.int16))
-    assert torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
-    torch.testing.assert_close(got[4], want[4], equal_nan=True)
+    for counted in (True, False):
+        got, want = (each.feature_wise(packed, metadata, permuted, counted) for each in (cuda, reference))
+        for index in (0, 3):  # with a NaN
+            assert torch.equal(got[index].view(torch.int16), want[index].view(torch.int16))
+        assert torch.equal(got[1], want[1]) and got[2].dtype == want[2].dtype
+        torch.testing.assert_close(got[2], want[2], equal_nan=True)
     packed, metadata = reference.relu2_sparsify(small_integers(tokens, hidden_dim, dtype=dtype, most=3))
-    wise, codes, _, left, _ = reference.feature_wise(packed, metadata, permuted)
+    wise, codes, _, left = reference.feature_wise(packed, metadata, permuted, True)
     dense = small_integers(tokens, model_dim // 64 * 64, dtype=dtype)
     left = left * 0  # what it adds is rounded again
-    got, want = (each.feature_wise_mm(wise, codes, left, dense, permuted) for each in (cuda, reference))
-    assert torch.equal(got, want)
+    for transposed in (False, True):
+        got, want = (
+            each.feature_wise_mm(wise, codes, left, dense, permuted, transposed) for each in (cuda, reference)
+        )
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

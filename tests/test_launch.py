@@ -9,10 +9,11 @@ import pytest
 import torch
 from cuda.bindings import driver
 
-from ao_act24.kernels import cuda, launch, reference, schedule
+from ao_act24.kernels import cuda, launch, plans, reference, schedule
 
-KERNELS = {"matmul": 1, "relu2_sparsify": 2, "relu2_sparsify_any": 3, "feature_wise": 4, "unpack": 5, "columns": 6}
-ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 9, 5: 5, 6: 7}  # how many each has
+KERNELS = {"matmul": 1, "relu2_sparsify": 2, "relu2_sparsify_any": 3, "unpack": 5, "columns": 6}
+KERNELS |= {"feature_wise_counts": 4, "feature_wise_sums": 4}
+ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 8, 5: 5, 6: 7}  # how many each has
 STREAM = 0x7FFF00000040
 SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
 BF16 = torch.bfloat16
@@ -50,12 +51,12 @@ def launched(monkeypatch):
     stand_in = Driver()
     monkeypatch.setattr(launch, "driver", lambda: stand_in)
     monkeypatch.setattr(launch, "set_current", lambda index: None)
-    monkeypatch.setattr(cuda, "_simple_kernel", lambda source, entry, *_: KERNELS[entry])
-    monkeypatch.setattr(cuda, "_matmul_kernel", lambda *_: (KERNELS["matmul"], 66))
+    monkeypatch.setattr(plans, "_simple_kernel", lambda source, entry, *_: KERNELS[entry])
+    monkeypatch.setattr(plans, "_matmul_kernel", lambda *_: (KERNELS["matmul"], 66))
     monkeypatch.setattr(cuda, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
-    monkeypatch.setattr(cuda, "_plans", cuda._Plans())
+    monkeypatch.setattr(cuda, "PLANS", plans.Plans())
     return stand_in
 
 
@@ -111,7 +112,7 @@ def test_what_is_brought_in(name, launched):
     shape = schedule.Shape.from_address(launched.arguments[6])
     assert (shape.whole, shape.lower, shape.lower_height) == (3, 1, 1)
     assert shape.stages == (12 if name == "sparse_mm" else 9)
-    a_columns, run = cuda.DEFINES[name]["A_COLUMNS"], cuda.DEFINES[name]["RUN"]
+    a_columns, run = plans.DEFINES[name]["A_COLUMNS"], plans.DEFINES[name]["RUN"]
     width = depth * a_columns // 64
     *whole_and_lower, (sizes, strides, box) = launched.maps
     assert whole_and_lower == [
@@ -132,7 +133,7 @@ def addresses(strides, box):
     return [sum(at * stride for at, stride in zip(reversed(place), [2, *strides])) // 2 for place in places]
 
 
-@pytest.mark.parametrize("name", ["sparse_mm_mn", "grad_hidden", "feature_wise_mm", "feature_wise_mm_in_order"])
+@pytest.mark.parametrize("name", ["sparse_mm_mn", "grad_hidden", *(name for name in plans.DEFINES if "wise" in name)])
 def test_what_is_brought_in_mn_major(name, launched):
     """B as [K, N]: 64 rows of K by 64 columns of N, one such block after another. By groups, rows a quarter apart."""
     depth, columns, rows, whole = 512, 320, 192, [*range(64)]
@@ -154,12 +155,12 @@ def test_what_is_brought_in_mn_major(name, launched):
         pointers = [tensor.data_ptr() for tensor in (grad, grad, weight, packed, metadata, out)]
         assert launched.words[:6] == pointers and out.shape == packed.shape
     else:
-        permuted = name == "feature_wise_mm"
-        packed, metadata, _, left, _ = reference.feature_wise(
-            *reference.relu2_sparsify(torch.randn(depth, rows).to(BF16)), permuted
+        permuted, transposed = "in_order" not in name, "transposed" in name
+        packed, metadata, _, left = reference.feature_wise(
+            *reference.relu2_sparsify(torch.randn(depth, rows).to(BF16)), permuted, True
         )
-        out = cuda.feature_wise_mm(packed, metadata, left, weight, permuted)
-        assert out.shape == (rows, columns)
+        out = cuda.feature_wise_mm(packed, metadata, left, weight, permuted, transposed)
+        assert out.shape == ((columns, rows) if transposed else (rows, columns)) and out.is_contiguous()
         assert launched.words[:6] == [
             *[packed.data_ptr()] * 2,
             weight.data_ptr(),
@@ -182,10 +183,11 @@ def test_what_is_brought_in_mn_major(name, launched):
 
 def test_regrouping_and_unpacking(launched):
     packed, metadata = reference.relu2_sparsify(torch.randn(2, 35, 192).to(BF16))
-    got, want = cuda.feature_wise(packed, metadata, True), reference.feature_wise(packed, metadata, True)
-    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want] and torch.equal(got[3], want[3])
-    pointers = [tensor.data_ptr() for tensor in (packed, metadata, *got[:3])]
-    assert launched.words[:5] == pointers and launched.words[6:] == [17, 192, 1]
+    for counted in (True, False):
+        got, want = (each.feature_wise(packed, metadata, True, counted) for each in (cuda, reference))
+        assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want] and torch.equal(got[3], want[3])
+        pointers = [tensor.data_ptr() for tensor in (packed, metadata, *got[:2])]
+        assert launched.words[:4] == pointers and launched.words[5:] == [17, 192, 1]
     dense = cuda.unpack(packed, metadata)
     assert dense.shape == (2, 35, 192)
     assert launched.words[:5] == [packed.data_ptr(), metadata.data_ptr(), dense.data_ptr(), 70, 192]

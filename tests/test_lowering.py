@@ -5,12 +5,13 @@ Stand-ins take the place of ``cuda.why_not``, which the lowering asks, and of th
 
 import pytest
 import torch
-from mlp import MLP, check, oracle
+from mlp import MLP, oracle
 from oracle import relative_error, relu2_24
 from test_backend import run
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import ao_act24
+from ao_act24 import lowering
 from ao_act24.kernels import cuda, reference
 
 
@@ -23,9 +24,8 @@ def calls(monkeypatch):
         function = getattr(reference, name)
         monkeypatch.setattr(cuda, name, lambda *args: called.append(name) or function(*args))
 
-    stand_in("relu2_sparsify")
-    stand_in("linear_relu2_sparsify")
-    stand_in("sparse_mm")
+    for name in lowering.KERNELS:
+        stand_in(name)
     monkeypatch.setattr(cuda, "why_not", lambda device, dtype: "")
     with fresh_cache():  # what is compiled here is not for others
         yield called
@@ -78,11 +78,19 @@ def test_a_transformed_model_and_plain_inductor(calls):
     assert calls == FFN and "torch.ops.ao_act24" not in code and relative_error(out, want) < 1e-5
 
 
-def test_training(calls):
-    """The gradient of x, the one operator in training that has a kernel of its own."""
-    mlp = MLP()
-    check(torch.compile(mlp, backend="ao_act24"), mlp, torch.randn(6, 16, requires_grad=True))
-    assert calls == ["sparse_mm"]
+@pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
+def test_training(weight_grads, calls):
+    mlp, x = MLP(), torch.randn(64, 16, requires_grad=True)
+    config = ao_act24.Act24Config(weight_grads=weight_grads)
+    backward = {
+        "dense": ["unpack", "unpack"],
+        "sparse": ["columns", "columns", "feature_wise", "feature_wise", "feature_wise_mm", "feature_wise_mm"],
+    }
+    with fresh_cache():
+        out = torch.compile(mlp, backend=ao_act24.Act24Backend(config))(x)
+        assert calls == ["relu2_ffn"] and relative_error(out, oracle(mlp, x)) < 1e-5
+        out.sum().backward()
+    assert sorted(calls) == sorted(["relu2_ffn", "grad_hidden", "sparse_mm", *backward[weight_grads]])
 
 
 def test_dynamic_sizes(calls):

@@ -1,9 +1,13 @@
 """The study of training in small: it runs, and its results become a table and a picture."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from torch._dynamo.utils import counters
 
 STUDY = Path(__file__).parent.parent / "benchmarks" / "training"
 
@@ -20,10 +24,42 @@ def test_study(tmp_path):
     assert [(look["step"], look["dense"]) for look in result["looks"]] == [(0, True), (3, False), (6, False)]
     assert result["losses"][-1] < result["losses"][0] and len(result["losses"]) == 6
     last = result["looks"][-1]
-    assert all(len(last[share]) == 2 for share in ("zeros", "dropped", "dropped_across_tokens"))
+    shares = ("zeros", "dropped", "dropped_across_tokens", "dropped_gradient")
+    assert all(len(last[share]) == 2 for share in shares) and result["looks"][0]["dropped_gradient"] == [0, 0]
     assert all(0.4 < zeros < 0.6 for zeros in last["zeros"]) and all(0.1 < dropped < 0.3 for dropped in last["dropped"])
-    assert all(0 < dropped < 0.2 for dropped in last["dropped_across_tokens"])
+    assert all(0 < dropped < 0.2 for dropped in last["dropped_across_tokens"] + last["dropped_gradient"])
     for arm, seed in (("dense", 0), ("full", 4)):
         (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps({**result, "arm": arm, "seed": seed}))
     out = run("plot.py", str(tmp_path))
     assert "dense" in out and "no-split" not in out and (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_step(tmp_path):
+    out = run("step.py", "--tiny", "--tuned", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert [row["what"] for row in result["rows"]] == ["dense", "dense tuned", "2:4 exact", "2:4 sparse"]
+    assert all(row["what"] in out for row in result["rows"]) and len(result["losses"]) == result["size"]["steps"]
+    assert result["parameters"] == 2 * 12 * 64**2 + (256 + 32 + 256 + 5) * 64
+    assert all(0.4 < zeros < 0.6 for zeros in result["looked"]["zeros"])
+
+
+def test_a_step_of_each_arm_runs_what_the_arm_is_called(monkeypatch):
+    """All share modules, of which Dynamo keeps one graph for each way to compile them."""
+    monkeypatch.syspath_prepend(STUDY)
+    import step
+    from study import GPT, TINY, batch
+
+    model = GPT(TINY)
+    blocks, optimizer = model.blocks, torch.optim.AdamW(model.parameters())
+    pair = batch(torch.randint(256, (1000,), dtype=torch.uint8), TINY, torch.Generator())
+    arms = {name: step.compiled(blocks, how) for name, how in step.arms(tuned=False).items()}
+    counters.clear()
+    for _ in range(2):
+        ran = {}
+        for name, compiled in arms.items():
+            with torch.profiler.profile() as profile:
+                step.step(model, compiled, optimizer, itertools.repeat(pair))
+            ran[name] = {event.key for event in profile.key_averages() if event.key.startswith("ao_act24::")}
+        assert not ran["dense"] and "ao_act24::relu2_ffn" in ran["2:4 exact"] & ran["2:4 sparse"]
+        assert "ao_act24::feature_wise" in ran["2:4 sparse"] - ran["2:4 exact"]
+    assert counters["stats"]["unique_graphs"] == len(arms)

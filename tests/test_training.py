@@ -68,14 +68,20 @@ def test_feature_wise(tokens, permuted, monkeypatch):
     """The whole gradient of a weight against a loop: groups, the densest features, and tokens that make no four."""
     monkeypatch.setattr(autograd, "PERMUTED", permuted)
     packed, metadata = ops.relu2_sparsify(torch.randn(tokens, H, dtype=F64))
-    y, dense = ops.unpack(packed, metadata), torch.randn(tokens, D, dtype=F64)
-    _, _, counts, left, sums = ops.feature_wise(packed, metadata, permuted)
-    torch.testing.assert_close(sums, y.sum(0))
-    assert torch.equal(counts, (y != 0).sum(0)) and torch.equal(left[: tokens % 4], y[tokens // 4 * 4 :])
-    assert left.shape == (3, H) and not left[tokens % 4 :].any()
-    densest = counts.topk(2).indices  # 5 % of 32, rounded up
-    got, _ = autograd._feature_wise_grad(packed, metadata, dense)
-    torch.testing.assert_close(got, oracle(y, dense, permuted, densest.tolist()))
+    hidden = packed.sqrt() * torch.randn_like(packed)  # a gradient: zero wherever y is
+    x, grad = torch.randn(2, tokens, D, dtype=F64)
+    y, dh = ops.unpack(packed, metadata), ops.unpack(hidden, metadata)
+    for dense, counted, total in ((y, True, (y != 0).sum(0, dtype=torch.int32)), (dh, False, dh.sum(0))):
+        _, _, totals, left = ops.feature_wise(*ops.sparsify(dense), permuted, counted)
+        torch.testing.assert_close(totals, total)
+        assert torch.equal(left[: tokens % 4], dense[tokens // 4 * 4 :])
+        assert left.shape == (3, H) and not left[tokens % 4 :].any()
+    densest = autograd.choose_densest((y != 0).sum(0, dtype=torch.int32))
+    assert len(densest) == 8  # 5 % of 32, in whole eights
+    grad_up, grad_up_bias, grad_down = autograd._feature_wise_grads(x, grad, hidden, packed, metadata, True, True, True)
+    torch.testing.assert_close(grad_up, oracle(dh, x, permuted, densest.tolist()))
+    torch.testing.assert_close(grad_down, oracle(y, grad, permuted, densest.tolist()).t())
+    torch.testing.assert_close(grad_up_bias, dh.sum(0))
 
 
 def test_leading_dimensions():
@@ -102,7 +108,7 @@ def dropped_share(y, permuted):
     """Of the energy of ``y``, what 2:4 along tokens drops."""
     packed, metadata = ops.sparsify(y)
     y = ops.unpack(packed, metadata)
-    wise = ops.feature_wise(packed, metadata, permuted)[0]
+    wise = ops.feature_wise(packed, metadata, permuted, True)[0]
     return 1 - float(wise.square().sum() / y.square().sum())
 
 
@@ -115,12 +121,13 @@ def test_permutation_on_correlated_tokens():
 
 def test_the_split_on_dense_features():
     """One feature of twenty always fires: with the split its gradient is exact."""
-    packed, metadata = ops.relu2_sparsify(torch.where(torch.arange(80) % 20 == 3, 1.0, -1.0) * torch.rand(64, 80))
+    packed, metadata = ops.relu2_sparsify(torch.where(torch.arange(160) % 20 == 3, 1.0, -1.0) * torch.rand(64, 160))
     dense = torch.randn(64, D)
-    exact = ops.unpack(packed, metadata).t() @ dense
-    assert relative_error(autograd._feature_wise_grad(packed, metadata, dense)[0], exact) < 1e-6
-    wise, codes, _, left, _ = ops.feature_wise(packed, metadata, True)
-    assert relative_error(ops.feature_wise_mm(wise, codes, left, dense, True), exact) > 0.2
+    exact = dense.t() @ ops.unpack(packed, metadata)
+    *_, split = autograd._feature_wise_grads(dense, dense, packed, packed, metadata, False, False, True)
+    assert relative_error(split, exact) < 1e-6
+    wise, codes, _, left = ops.feature_wise(packed, metadata, True, True)
+    assert relative_error(ops.feature_wise_mm(wise, codes, left, dense, True, True), exact) > 0.2
 
 
 @pytest.mark.parametrize("feature_wise", [False, True])

@@ -14,6 +14,11 @@ struct GradHidden {
   const Shape& shape;
 
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
+    // What the end of the tile reads of a warp's 16 rows: two lines of packed each, and four of metadata.
+    const int thread = thread_index(), first = tile.row + thread / 32 * 16, lane = thread % 32;
+    const int row = first + lane / 2, column = tile.column + lane % 2 * 128;
+    if (row < shape.tokens && column < shape.columns) prefetch(packed + ((i64)row * shape.columns + column) / 2);
+    if (lane < 4 && first < shape.tokens) prefetch(metadata + ((i64)(first / 16) * shape.column_tiles + tile.column / TILE_N) * 32 + 8 * lane);
     multiply_dense(d, ring, shape.stages);
   }
 
@@ -28,6 +33,9 @@ struct GradHidden {
       if (tile.column + 64 * s >= shape.columns) return;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        const i64 at = line + 8 * half * (i64)(shape.columns / 2) + 32 * s;
+        const bool inside = place.row + 8 * half < shape.tokens;
+        const uint4 squares = inside ? __ldg((const uint4*)(packed + at)) : uint4();
         u32 words[2][4];  // of columns 0 to 7 and 8 to 15 of the thread's
 #pragma unroll
         for (int a = 0; a < 8; ++a) {
@@ -35,9 +43,7 @@ struct GradHidden {
           words[a % 2][a / 2] = pack_floats(v[0], v[1]);
         }
         exchange(words[0]), exchange(words[1]);
-        if (place.row + 8 * half >= shape.tokens) continue;
-        const i64 at = line + 8 * half * (i64)(shape.columns / 2) + 32 * s;
-        const uint4 squares = __ldg((const uint4*)(packed + at));
+        if (!inside) continue;
         const u32 square[4] = {squares.x, squares.y, squares.z, squares.w};
         u32 kept[4];
 #pragma unroll

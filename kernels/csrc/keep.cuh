@@ -11,33 +11,31 @@
 constexpr u32 TOP = 0x80008000u;
 
 // The top bit of each half is set where a >= b. Halves below 0x8000.
-__device__ __forceinline__ u32 at_least(u32 a, u32 b) { return (a | TOP) - b; }
+__device__ __forceinline__ u32 at_least(u32 a, u32 b) { return a - b + TOP; }
 
 // All bits of each half from its top bit.
 __device__ __forceinline__ u32 spread(u32 word) { return permute_bytes<0xBB99>(word, 0); }
 
 __device__ __forceinline__ u32 choose(u32 mask, u32 yes, u32 no) { return (yes & mask) | (no & ~mask); }
 
-// Which two were chosen: bits of idx0 and idx1, each in the top bit of a half.
+// Which two were chosen: bits of idx0 and idx1, each in all bits of a half.
 struct Two {
   u32 low0, high0, low1, high1;
 
-  __device__ __forceinline__ u32 codes() const {  // 4 bits of each half
-    return (low0 & TOP) >> 15 | (high0 & TOP) >> 14 | (low1 & TOP) >> 13 | (high1 & TOP) >> 12;
+  // Four bits of each half, from bit `at` on.
+  __device__ __forceinline__ u32 codes(int at) const {
+    const u32 one = 0x00010001u << at;
+    return (low0 & one) | (high0 & one << 1) | (low1 & one << 2) | (high1 & one << 3);
   }
-  __device__ __forceinline__ u32 first(u32 v0, u32 v1, u32 v2) const {
-    return choose(spread(high0), v2, choose(spread(low0), v1, v0));
-  }
-  __device__ __forceinline__ u32 second(u32 v1, u32 v2, u32 v3) const {
-    return choose(spread(high1), choose(spread(low1), v3, v2), v1);
-  }
+  __device__ __forceinline__ u32 first(u32 v0, u32 v1, u32 v2) const { return choose(high0, v2, choose(low0, v1, v0)); }
+  __device__ __forceinline__ u32 second(u32 v1, u32 v2, u32 v3) const { return choose(high1, choose(low1, v3, v2), v1); }
 };
 
 __device__ __forceinline__ Two two_of_four(u32 k0, u32 k1, u32 k2, u32 k3) {
   const u32 max01 = __vmaxu2(k0, k1), min01 = __vminu2(k0, k1), max23 = __vmaxu2(k2, k3), min23 = __vminu2(k2, k3);
   const u32 both01 = at_least(min01, max23), not23 = at_least(max01, min23);
   const u32 first0 = at_least(k0, k1), first2 = at_least(k2, k3);
-  return {~first0 & ~both01 & not23, ~not23, both01 | ~first2 | ~not23, ~both01};
+  return {spread(~first0 & ~both01 & not23), ~spread(not23), spread(both01 | ~first2 | ~not23), ~spread(both01)};
 }
 
 struct Kept {
@@ -47,5 +45,5 @@ struct Kept {
 
 __device__ __forceinline__ Kept keep_two_of_four(u32 k0, u32 k1, u32 k2, u32 k3) {
   const Two two = two_of_four(k0, k1, k2, k3);
-  return {square(two.first(k0, k1, k2)), square(two.second(k1, k2, k3)), two.codes()};
+  return {square(two.first(k0, k1, k2)), square(two.second(k1, k2, k3)), two.codes(0)};
 }

@@ -191,6 +191,13 @@ __device__ __forceinline__ u32 pack_floats(float low, float high) {
   return word;
 }
 
+// Of 8 x 8 values, row g of which threads 4 g to 4 g + 3 have, the same threads get column g.
+__device__ __forceinline__ u32 transpose(u32 word) {
+  u32 column;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(word));
+  return column;
+}
+
 __device__ __forceinline__ float to_float(u16 value) {
   float result;
   if (sizeof(ELEMENT) == sizeof("bf16")) {
@@ -224,6 +231,9 @@ __device__ __forceinline__ u32 square(u32 word) {
   asm("mul.rn." ELEMENT "x2 %0, %0, %0;" : "+r"(word));
   return word;
 }
+
+// A line of 128 bytes into L2, where it is read later.
+__device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
 // Read and written once: keep it out of the caches' way.
 __device__ __forceinline__ uint4 load_streaming(const void* pointer) {

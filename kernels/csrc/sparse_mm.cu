@@ -1,7 +1,7 @@
 // out[T, D] = unpack(packed[T, H/2], metadata) @ weight[D, H]^T + bias[D], 16-bit floats, fp32 accumulation. See tiles.cuh.
 //
 // With B_MN, weight is [H, D] and there is no bias: the gradient of x. With A_MN besides, packed is [T/2, H], metadata [H, T], weight
-// [T, D] and out [H, D], two of every four tokens being kept for each feature: the gradient of a weight.
+// [T, D] and out [H, D], or TRANSPOSED [D, H], two of every four tokens being kept for each feature: the gradient of a weight.
 
 #include "tiles.cuh"
 
@@ -42,6 +42,7 @@ struct SparseMM {
   }
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
+    if (TRANSPOSED) return store_transposed(d, tile);
     const Place place = place_of(tile);
     u16* line = out + (i64)place.row * shape.columns + place.column;
 #pragma unroll
@@ -62,6 +63,31 @@ struct SparseMM {
         if (place.row + 8 * half >= shape.tokens) continue;
         store_four(line + 8 * half * (i64)shape.columns + column, make_uint4(words[0], words[1], words[2], words[3]));
       }
+    }
+  }
+
+  // A warp has 16 rows, which fill a sector of each column. Rows are whole sixteens here, columns whole 64s.
+  __device__ __forceinline__ void store_transposed(const float (&d)[TILE_N / 2], const Tile& tile) const {
+    const int thread = thread_index(), row = tile.row + thread / 32 * 16, q = thread % 4;
+    if (row >= shape.tokens) return;
+    u16* line = out + (i64)(tile.column + q / 2 * 16 + thread % 32 / 4) * shape.tokens + row + q % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < TILE_N / 4; i += 8) {  // 32 of a warp's columns
+      if (tile.column + 4 * i >= shape.columns) return;
+      u32 words[8];
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* v = d + 2 * i + 4 * a + 2 * half;
+          words[2 * a + half] = transpose(pack_floats(v[0], v[1]));  // of column 8 a + thread / 4, rows 8 half + 2 q and one on
+        }
+      }
+      // Threads 0 and 2 of a quad get the upper eight rows, 1 and 3 the lower, of two columns each.
+      swap_words(words, 1, 1), swap_words(words, 2, 4);
+      u16* to = line + 4 * i * (i64)shape.tokens;
+      store_four(to, make_uint4(words[0], words[1], words[4], words[5]));
+      store_four(to + 8 * (i64)shape.tokens, make_uint4(words[2], words[3], words[6], words[7]));
     }
   }
 };

@@ -104,20 +104,22 @@ __device__ __forceinline__ void multiply_dense(float (&d)[TILE_N / 2], Ring& rin
   ring.release(ring.previous());
 }
 
-// Thread q of a quad gets word q of each of its four threads, in their order.
-__device__ __forceinline__ void exchange(u32 (&words)[4]) {
+// Threads whose indices differ in `thread_bit` swap words whose indices differ in `word_bit`: the one where it is set gets the other's
+// words where it is set, for its own where it is not. Afterwards that bit of a word's index says from which of the two it is.
+template <int WORDS>
+__device__ __forceinline__ void swap_words(u32 (&words)[WORDS], int thread_bit, int word_bit) {
+  const bool upper = thread_index() & thread_bit;
 #pragma unroll
-  for (int bit = 1; bit < 4; bit *= 2) {
-    const bool upper = thread_index() & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      const u32 got = __shfl_xor_sync(~0u, upper ? words[i] : words[i + bit], bit);
-      if (upper) words[i] = got;
-      else words[i + bit] = got;
-    }
+  for (int i = 0; i < WORDS; ++i) {
+    if (i & word_bit) continue;
+    const u32 got = __shfl_xor_sync(~0u, upper ? words[i] : words[i + word_bit], thread_bit);
+    if (upper) words[i] = got;
+    else words[i + word_bit] = got;
   }
 }
+
+// Thread q of a quad gets word q of each of its four threads, in their order.
+__device__ __forceinline__ void exchange(u32 (&words)[4]) { swap_words(words, 1, 1), swap_words(words, 2, 2); }
 
 // Where a thread's results belong: row g (and g + 8), and its first column.
 struct Place {

@@ -21,17 +21,28 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// Some columns: a thread finds one entry of a row.
+// Some columns: a thread finds the entries of one in a block of 16 rows, which share their lines of metadata.
 extern "C" __global__ void __launch_bounds__(256)
-    columns(const u16* __restrict__ packed, const u16* __restrict__ metadata, const i64* __restrict__ index,
+    columns(const u16* __restrict__ packed, const u32* __restrict__ metadata, const i64* __restrict__ index,
             u16* __restrict__ dense, i64 rows, i64 columns, i64 chosen) {
   const i64 place = (i64)blockIdx.x * 256 + threadIdx.x, padded_columns = (columns + 255) / 256 * 256;
   if (place >= chosen) return;
   const i64 column = index[place];
   if ((u64)column >= (u64)columns) __trap();
-  for (i64 row = blockIdx.y; row < rows; row += gridDim.y) {
-    const u32 two = __ldg((const u32*)(packed + row * (columns / 2) + column / 4 * 2));
-    const u32 code = __ldg(metadata + metadata_half(row, padded_columns, column)) >> (column / 4 % 4 * 4), at = column % 4;
-    dense[row * chosen + place] = at == (code & 3) ? (u16)two : at == (code >> 2 & 3) ? (u16)(two >> 16) : 0;
+  const u32 at = column % 4;
+  for (i64 block = blockIdx.y; block < (rows + 15) / 16; block += gridDim.y) {
+    u32 twos[16], codes[8];
+#pragma unroll
+    for (int row = 0; row < 16; ++row) {
+      const i64 line = block * 16 + row;
+      twos[row] = line < rows ? __ldg((const u32*)(packed + line * (columns / 2) + column / 4 * 2)) : 0;
+      if (row < 8) codes[row] = __ldg(metadata + metadata_word(block, padded_columns, row, column)) >> (column / 4 % 4 * 4);
+    }
+#pragma unroll
+    for (int row = 0; row < 16; ++row) {
+      const u32 code = codes[row % 8] >> (row / 8 * 16);
+      const u16 entry = at == (code & 3) ? (u16)twos[row] : at == (code >> 2 & 3) ? (u16)(twos[row] >> 16) : 0;
+      if (block * 16 + row < rows) dense[(block * 16 + row) * chosen + place] = entry;
+    }
   }
 }

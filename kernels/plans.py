@@ -1,0 +1,247 @@
+"""How the Hopper kernels of ``csrc`` are compiled and launched: a plan for each shape, which ``cuda`` runs on tensors.
+
+A plan is all that a call needs and that its pointers do not change. The arguments of a launch are written into it, so
+each thread has its own; and so that each thread has made the device's context its own before it launches.
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compile, launch, layout, schedule
+from .launch import POINTER, Launch, TensorMap
+from .schedule import CLUSTER, TILE_COLUMNS, TILE_ROWS
+
+ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
+_THREADS = 256  # a block of the packing kernels
+# of the matmuls, tiles.cuh
+MATMUL_THREADS = 512
+MATMUL_STARTS_WITH = 128  # registers: see there
+K = 64  # columns of A and B in a stage
+# RUN: columns that four threads hold a quarter each of; A_COLUMNS: of A in a stage, as it is stored; A_MN, B_MN: is A,
+# is B MN-major; GROUP: so many rows of K come together though they are that part of K
+# apart; TRANSPOSED: the result is stored [N, M]
+_SPARSE = {"STAGES": 5, "RUN": 32, "A_COLUMNS": 32, "A_MN": 0, "B_MN": 0, "GROUP": 1, "TRANSPOSED": 0}
+_DENSE = {"STAGES": 4, "RUN": 64, "A_COLUMNS": 64, "A_MN": 0, "B_MN": 0, "GROUP": 1}
+_WISE = {**_SPARSE, "A_MN": 1, "B_MN": 1}
+DEFINES = {
+    "sparse_mm": _SPARSE,  # RUN 32: eight columns a thread, two of which fill a sector
+    "sparse_mm_mn": {**_SPARSE, "B_MN": 1},
+    "feature_wise_mm": {**_WISE, "GROUP": 4},
+    "feature_wise_mm_transposed": {**_WISE, "GROUP": 4, "TRANSPOSED": 1},
+    "feature_wise_mm_in_order": _WISE,
+    "feature_wise_mm_in_order_transposed": {**_WISE, "TRANSPOSED": 1},
+    "linear_relu2_sparsify": _DENSE,  # RUN 64: sixteen columns a thread, as many as it has metadata of
+    "grad_hidden": {**_DENSE, "B_MN": 1},
+}
+
+
+def source(name: str) -> str:
+    """The kernel's file, and its name in it."""
+    return name if name in ("linear_relu2_sparsify", "grad_hidden") else "sparse_mm"
+
+
+Empty = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor to allocate
+
+
+def contiguous(shape: Sequence[int], dtype: torch.dtype) -> Empty:
+    return tuple(shape), torch.empty(shape, device="meta").stride(), dtype
+
+
+@dataclass(frozen=True)
+class _Packing:
+    packed: Empty
+    metadata: Empty
+    launch: Launch | None  # None: there is nothing to do
+
+
+def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, index: int) -> _Packing:
+    launch.set_current(index)
+    *tokens, hidden_dim = shape
+    height, width = layout.metadata_shape(shape)
+    packed, metadata = contiguous((*tokens, hidden_dim // 2), dtype), contiguous((height, width), torch.uint8)
+    if shape.numel() == 0:
+        return _Packing(packed, metadata, None)
+    count = shape.numel() // hidden_dim
+    vectors = hidden_dim % 16 == 0 and aligned and (stride % 8 == 0 or count == 1)
+    entry, columns, rows = ("relu2_sparsify", 16, 2) if vectors else ("relu2_sparsify_any", 8, 1)  # of a thread
+    kernel = _simple_kernel("relu2_sparsify", entry, dtype, index)
+    grid = -(-8 * width // (_THREADS * columns)), min(height // rows, 65535)
+    # h, stride, packed, metadata, count, hidden_dim
+    arguments = (POINTER, ctypes.c_int64(stride), POINTER, POINTER, ctypes.c_int64(count), ctypes.c_int64(hidden_dim))
+    return _Packing(packed, metadata, Launch(index, kernel, grid, _THREADS, 0, arguments))
+
+
+@dataclass(frozen=True)
+class _Matmul:
+    outputs: tuple[Empty, ...]
+    a_maps: Sequence[TensorMap]  # by whole tiles, and by lower ones
+    b_map: TensorMap
+    launch: Launch
+
+    def run(self, a: Tensor, b: Tensor, *pointers: int) -> None:
+        for a_map in self.a_maps:
+            a_map.point_to(a.data_ptr())
+        self.b_map.point_to(b.data_ptr())
+        self.launch(*pointers)
+
+
+def _feature_wise(
+    quarter: int, hidden_dim: int, permuted: bool, counted: bool, dtype: torch.dtype, index: int
+) -> Launch:
+    launch.set_current(index)
+    kernel = _simple_kernel("feature_wise", f"feature_wise_{'counts' if counted else 'sums'}", dtype, index)
+    # packed, metadata, wise packed, wise metadata, totals, quarter, columns, permuted
+    arguments = (*[POINTER] * 5, *map(ctypes.c_int64, (quarter, hidden_dim, permuted)))
+    return Launch(index, kernel, (-(-hidden_dim // 256), -(-quarter // 64)), _THREADS, 0, arguments)
+
+
+def _unpack(tokens: int, hidden_dim: int, dtype: torch.dtype, index: int) -> Launch:
+    launch.set_current(index)
+    kernel = _simple_kernel("unpack", "unpack", dtype, index)
+    # packed, metadata, dense, rows, columns
+    arguments = (*[POINTER] * 3, *map(ctypes.c_int64, (tokens, hidden_dim)))
+    return Launch(index, kernel, (-(-hidden_dim // (16 * _THREADS)), min(tokens, 65535)), _THREADS, 0, arguments)
+
+
+def _columns(tokens: int, hidden_dim: int, chosen: int, dtype: torch.dtype, index: int) -> Launch:
+    launch.set_current(index)
+    kernel = _simple_kernel("unpack", "columns", dtype, index)
+    # packed, metadata, index, dense, rows, columns, chosen
+    arguments = (*[POINTER] * 4, *map(ctypes.c_int64, (tokens, hidden_dim, chosen)))
+    return Launch(index, kernel, (-(-chosen // _THREADS), min(-(-tokens // 16), 65535)), _THREADS, 0, arguments)
+
+
+# Each of these gives None where the kernel does not take the sizes.
+def _sparse_mm(
+    packed: torch.Size, weight: torch.Size, transposed: bool, dtype: torch.dtype, index: int
+) -> _Matmul | None:
+    model_dim, hidden_dim = weight
+    if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64:
+        return None
+    outputs = (contiguous((*packed[:-1], model_dim), dtype),)
+    name = "sparse_mm_mn" if transposed else "sparse_mm"
+    # maps, metadata, bias, out, shape
+    return _matmul(name, packed.numel() // packed[-1], model_dim, hidden_dim, dtype, index, outputs)
+
+
+def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
+    hidden_dim, model_dim = weight
+    if x.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
+        return None
+    hidden = (*x[:-1], hidden_dim)
+    outputs = (
+        contiguous((*x[:-1], hidden_dim // 2), dtype),
+        contiguous(layout.metadata_shape(hidden), torch.uint8),
+    )
+    # maps, bias, packed, metadata, shape
+    name = "linear_relu2_sparsify"
+    return _matmul(name, x.numel() // model_dim, hidden_dim, model_dim, dtype, index, outputs)
+
+
+def _grad_hidden(grad: torch.Size, down: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
+    model_dim, hidden_dim = down
+    if grad.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
+        return None
+    outputs = (contiguous((*grad[:-1], hidden_dim // 2), dtype),)
+    # maps, packed, metadata, out, shape
+    return _matmul("grad_hidden", grad.numel() // model_dim, hidden_dim, model_dim, dtype, index, outputs)
+
+
+def _feature_wise_mm(
+    packed: torch.Size, model_dim: int, permuted: bool, transposed: bool, dtype: torch.dtype, index: int
+) -> _Matmul | None:
+    kept, hidden_dim = packed
+    if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64 or model_dim % 64:
+        return None
+    outputs = (contiguous((model_dim, hidden_dim) if transposed else (hidden_dim, model_dim), dtype),)
+    name = "feature_wise_mm" + "_in_order" * (not permuted) + "_transposed" * transposed
+    # maps, metadata, no bias, out, shape
+    return _matmul(name, hidden_dim, model_dim, 2 * kept, dtype, index, outputs)
+
+
+class Plans(threading.local):
+    def __init__(self) -> None:
+        cached = functools.lru_cache(maxsize=1024)
+        self.packing, self.sparse_mm = cached(_packing), cached(_sparse_mm)
+        self.linear_relu2_sparsify, self.grad_hidden = cached(_linear_relu2_sparsify), cached(_grad_hidden)
+        self.feature_wise, self.feature_wise_mm = cached(_feature_wise), cached(_feature_wise_mm)
+        self.unpack, self.columns = cached(_unpack), cached(_columns)
+
+
+PLANS = Plans()
+
+
+def _matmul(
+    name: str, rows: int, columns: int, depth: int, dtype: torch.dtype, index: int, outputs: tuple[Empty, ...]
+) -> _Matmul:
+    """A of ``[rows, depth]`` and B of ``[columns, depth]``, in memory as ``DEFINES[name]`` says."""
+    launch.set_current(index)
+    kernel, clusters = _matmul_kernel(name, dtype, index)
+    how = DEFINES[name]
+    a_columns, run, group = how["A_COLUMNS"], how["RUN"], how["GROUP"]
+    stages = -(-depth // 256) * 4 if a_columns < K else -(-depth // K)  # metadata comes by four stages
+    shape, clusters = schedule.share_out(rows, columns, stages, clusters)
+    stored, heights = depth * a_columns // K, (3, shape.lower_height)
+    if how["A_MN"]:
+        size, strides = (64, stored, rows // 64), (2 * rows, 128)
+        a_maps = [TensorMap(dtype, size, strides, (64, a_columns, height)) for height in heights]
+    else:
+        size, strides = (stored, rows, 1), (2 * stored, 2 * stored)
+        a_maps = [TensorMap(dtype, size, strides, (a_columns, 64 * height, 1)) for height in heights]
+    per_block = TILE_COLUMNS // CLUSTER
+    if how["B_MN"]:  # by 64 columns; of every group of rows of K one after the other
+        b_size = 64, group, depth // group, columns // 64, 1
+        b_strides = 2 * columns * (depth // group), 2 * columns, 128, 128
+        b_map = TensorMap(dtype, b_size, b_strides, (64, group, K // group, per_block // 64, 1))
+    else:  # in the order of tiles.cuh: of every RUN rows, row RUN / 4 * q + 2 a + b comes to lie at 8 a + 2 q + b
+        b_size = depth, 2, 4, run // 8, columns // run
+        b_strides = 2 * depth, 2 * depth * (run // 4), 4 * depth, 2 * depth * run
+        b_map = TensorMap(dtype, b_size, b_strides, (K, 2, 4, run // 8, per_block // run))
+    arguments = (*(each.words for each in (*a_maps, b_map)), *[POINTER] * 3, shape)
+    ready = Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
+    return _Matmul(outputs, a_maps, b_map, ready)
+
+
+@functools.cache
+def _simple_kernel(source: str, entry: str, dtype: torch.dtype, index: int) -> Any:
+    return _function(compile.kernel(source, entry, {"ELEMENT": ELEMENTS[dtype]}, index), index)
+
+
+@functools.cache
+def _matmul_kernel(name: str, dtype: torch.dtype, index: int) -> tuple[Any, int]:
+    """The kernel, and how many of its clusters the device holds at a time."""
+    driver, shared_bytes = launch.driver(), _shared_bytes(name)
+    entry = source(name)
+    loaded = compile.kernel(entry, entry, matmul_defines(name, dtype), index, shared_bytes, MATMUL_STARTS_WITH)
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count // CLUSTER * CLUSTER
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, MATMUL_THREADS, shared_bytes
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    function = _function(loaded, index)
+    with torch.cuda.device(index):
+        _, clusters = launch.checked(
+            "cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config)
+        )
+    return function, min(clusters, blocks // CLUSTER)
+
+
+def matmul_defines(name: str, dtype: torch.dtype) -> dict[str, int | str]:
+    return {"ELEMENT": ELEMENTS[dtype], "CLUSTER": CLUSTER, **DEFINES[name]}
+
+
+def _shared_bytes(name: str) -> int:
+    stage = 2 * (TILE_ROWS * DEFINES[name]["A_COLUMNS"] + TILE_COLUMNS * K)
+    return DEFINES[name]["STAGES"] * stage + 1024  # to align the first one
+
+
+def _function(kernel: Any, index: int) -> Any:
+    """``kernel`` as device ``index`` runs it."""
+    with torch.cuda.device(index):
+        return launch.checked("cuKernelGetFunction", launch.driver().cuKernelGetFunction(kernel.handle))[1]
