@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ao_act24.kernels import cuda, layout, reference
+from ao_act24.kernels import cuda, layout, plans, reference
 
 _lib = torch.library.Library("ao_act24", "DEF")
 
@@ -115,7 +115,7 @@ def _plain_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Ten
         and metadata.shape == layout.metadata_shape((*tokens, 2 * half))
         and metadata.dtype == torch.uint8
         and packed.dtype == weight.dtype
-        and packed.dtype in cuda.ELEMENTS
+        and packed.dtype in plans.ELEMENTS
         and packed.device == weight.device == metadata.device
         and _plain_bias(bias, weight)
     )
@@ -150,7 +150,7 @@ def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool
         and weight.shape[1] == x.shape[-1]
         and weight.shape[0] % 4 == 0
         and x.dtype == weight.dtype
-        and x.dtype in cuda.ELEMENTS
+        and x.dtype in plans.ELEMENTS
         and x.device == weight.device
         and _plain_bias(bias, weight)
     )
@@ -230,7 +230,7 @@ _define(
     lambda h: _check_hidden("h", h),
     reference.relu2_sparsify,
     _fake_pack,
-    (cuda.relu2_sparsify, lambda h: h.dtype in cuda.ELEMENTS and h.dim() > 0 and h.shape[-1] % 4 == 0),
+    (cuda.relu2_sparsify, lambda h: h.dtype in plans.ELEMENTS and h.dim() > 0 and h.shape[-1] % 4 == 0),
 )
 _define(
     "linear_relu2_sparsify(Tensor x, Tensor weight, Tensor? bias=None) -> (Tensor packed, Tensor metadata)",

@@ -1,6 +1,6 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 15 minutes (estimated)
+    python benchmarks/hopper.py                  the whole table and its plots: some 17 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
     python benchmarks/hopper.py --only kernels   one of kernels, ffn, tokens, training; the file keeps the others
 
@@ -39,12 +39,15 @@ from torch import Tensor, nn
 
 import ao_act24
 from ao_act24.kernels import cuda, reference
-from ao_act24.when import MIN_PRODUCT
+from ao_act24.when import MIN_PRODUCT, MIN_TOKENS
 
 SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
 FEW_SIZES = [(2048, 8192), (768, 3072), (1024, 4096), (4096, 16384), (8192, 32768)]
+STARTS = [(max(MIN_TOKENS, -(-MIN_PRODUCT // math.prod(size))), *size) for size in FEW_SIZES]  # where the rule begins
 TOKENS = [1, 16, 128, 512, 1024, 1536, 2048, 4096]
 UNEVEN = [(1168, 4608, 18432), (1552, 3584, 14336), (2176, 2048, 8192), (1152, 4096, 16384)]  # rounds come out uneven
+UNEVEN += [(1049, 3328, 13312), (1079, 2304, 13824), (1025, 4096, 8192)]  # four times model_dim, six times, twice
+FP16 = [(1168, 4608, 18432), (2049, 2048, 8192)]  # all else is bf16
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
 Runs = dict[str, Callable[[], object]]
 
@@ -58,15 +61,15 @@ class FFN(nn.Module):
         nn.init.normal_(self.up.weight, std=model_dim**-0.5)
         nn.init.normal_(self.down.weight, std=hidden_dim**-0.5)
         nn.init.constant_(self.up.bias, SHIFTS[zeros])
-        self.bfloat16().requires_grad_(False)
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square())
 
 
-def ffn_and_input(shape: Shape, zeros: int) -> tuple[FFN, Tensor]:
+def ffn_and_input(shape: Shape, zeros: int, dtype: torch.dtype = torch.bfloat16) -> tuple[FFN, Tensor]:
     tokens, model_dim, hidden_dim = shape
-    return FFN(model_dim, hidden_dim, zeros), torch.randn(tokens, model_dim, device="cuda").bfloat16()
+    return FFN(model_dim, hidden_dim, zeros).to(dtype), torch.randn(tokens, model_dim, device="cuda").to(dtype)
 
 
 def in_turn(
@@ -274,31 +277,50 @@ def training(quick: bool, meter: Meter) -> Iterator[list[Row]]:
                 runs[f"forward {name}"] = forward
                 runs[name] = functools.partial(step, forward, leaves, grad)
             timed = in_turn(runs, 0.5 if quick else 1.0, 3, meter)
+            for name in variants:
+                timed[name]["kernels"] = kernel_times(runs[name])
         for name in variants:
             samples = zip(timed[name]["samples"], timed[f"forward {name}"]["samples"])
             timed[f"backward {name}"] = row(f"backward {name}", "ms", [both - forward for both, forward in samples])
         yield placed(timed, shape, 90)
 
 
-def step(forward: Callable[[], object], leaves: list[Tensor], grad: Tensor) -> None:
-    torch.autograd.grad(forward(), leaves, grad)  # type: ignore[arg-type]
+def step(forward: Callable[[], Any], leaves: list[Tensor], grad: Tensor) -> None:
+    forward().backward(grad)
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def kernel_times(run: Callable[[], object], calls: int = 5) -> dict[str, float]:
+    """µs a call of each kernel, by torch's profiler: of a few calls, at a clock that long bursts do not keep."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in profile.key_averages():
+        name = re.sub(r"^void |<.*|\(.*", "", event.key).strip()
+        times[name] = times.get(name, 0.0) + event.device_time_total / calls
+    return {name: round(us, 1) for name, us in sorted(times.items(), key=lambda item: -item[1]) if us >= 1}
 
 
 def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The FFN by number of tokens: dense, what the rule chooses, and 2:4 always; each also in a CUDA graph.
 
-    Where launching binds, times drift twofold within milliseconds: there bursts are short, and many.
+    Where the rule starts, also against autotuning. Where launching binds, times drift twofold within milliseconds:
+    there bursts are short, and many.
     """
     warnings.simplefilter("ignore", ao_act24.Act24Warning)  # that all stays dense is what is measured
     always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
     variants: dict[str, dict[str, Any]] = {"dense": {}, "chosen": {"backend": "ao_act24"}, "2:4": {"backend": always}}
-    shapes = [] if quick else UNEVEN
-    for size in FEW_SIZES[:1] if quick else FEW_SIZES:
-        begins = -(-MIN_PRODUCT // math.prod(size))  # the rule's first number of tokens
-        shapes = shapes + [(tokens, *size) for tokens in sorted({*(TOKENS[::2] if quick else TOKENS), begins})]
-    for shape in shapes:
-        ffn, x = ffn_and_input(shape, 90)
-        runs = compiled(ffn, x, **variants)
+    tuned = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
+    at = [] if quick else [(shape, torch.bfloat16) for shape in UNEVEN] + [(shape, torch.float16) for shape in FP16]
+    for begins, *size in STARTS[:1] if quick else STARTS:
+        counts = sorted({*(TOKENS[::2] if quick else TOKENS), begins})
+        at += [((tokens, *size), torch.bfloat16) for tokens in counts]
+    for shape, dtype in at:
+        ffn, x = ffn_and_input(shape, 90, dtype)
+        runs = compiled(ffn, x, **variants, **({} if quick or shape not in STARTS else tuned))
         launching = burst(runs["dense"], 10) < 0.3
         timed = in_turn(runs, 0.0005, 41, turns=25) if launching else in_turn(runs, 0.005, 21)
         calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
@@ -308,12 +330,15 @@ def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         if shape == HOST_AT:
             single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}
             timed |= host_in_turn({f"host {name}": run for name, run in runs.items()} | single)
-        yield placed(timed, shape, 90)
+        yield placed(timed, shape, 90, dtype)
 
 
-def placed(timed: dict[str, Row], shape: Shape, zeros: int) -> list[Row]:
-    at = dict(zip(("tokens", "model_dim", "hidden_dim"), shape))
-    return [{"what": found["what"], **at, "zeros": zeros, **found} for found in timed.values()]
+def placed(timed: dict[str, Row], shape: Shape, zeros: int, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    at: Row = dict(zip(("tokens", "model_dim", "hidden_dim"), shape))
+    at["zeros"] = zeros
+    if dtype != torch.bfloat16:
+        at["dtype"] = str(dtype).removeprefix("torch.")
+    return [{"what": found["what"], **at, **found} for found in timed.values()]
 
 
 PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "training": training}
@@ -322,7 +347,8 @@ PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "training":
 def line(found: Row) -> str:
     joules = f"{found['joules']:8.3f} J" if found.get("joules") else ""
     speed = f"{found['TB/s']:8.3f} TB/s" if "TB/s" in found else ""
-    where = f"{named(shape_of(found)):>22} {found['zeros']} %  {found['what']:20}"
+    what = f"{found['what']} {found.get('dtype', '')}"
+    where = f"{named(shape_of(found)):>22} {found['zeros']} %  {what:20}"
     return f"{where} {found['median']:9.4f} {found['unit']} ({found['min']:.4f}–{found['max']:.4f}) {joules}{speed}"
 
 
@@ -340,8 +366,10 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    if reason := cuda.why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16):
-        parser.error(reason)
+    if not torch.cuda.is_available():
+        parser.exit(2, f"{parser.prog} needs a Hopper GPU, found none\n")
+    if reason := cuda.why_not(torch.device("cuda"), torch.bfloat16):
+        parser.exit(2, f"{reason}\n")
     torch.set_grad_enabled(False)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"hopper{'-quick' if arguments.quick else ''}.json"

@@ -3,10 +3,13 @@
 A small workload, checked against the reference, runs once for each tool and case, each in a process of its own: a
 crash ends one of them. Memory comes from cudaMalloc directly, so that memcheck knows where each tensor ends, and data
 from the CPU, so that only our kernels are looked at. Waits in kernels have no bound, since the tools slow them down:
-processes have one. The case ``planted`` reads what nobody wrote, and beyond its tensor: a tool that does not see that
-sees nothing.
+processes have one. The case ``planted`` has a fault for each tool: it reads beyond its tensor, and what nobody wrote,
+and shared memory that other threads write, without a barrier. A tool that does not see its fault sees nothing.
 
-Prints a table, writes ``benchmarks/results/sanitizer.json``, and fails unless all is clean and the fault is caught.
+racecheck looks at what threads load from shared memory and store there. It does not see what the copy engine writes
+and ``wgmma`` reads: of the stages of the matmuls it says nothing.
+
+Prints a table, writes ``benchmarks/results/sanitizer.json``, and fails unless all is clean and the faults are caught.
 """
 
 import argparse
@@ -26,29 +29,46 @@ from unittest import mock
 import torch
 from machine import ROOT, output, record
 
-from ao_act24.kernels import compile, cuda, reference
+from ao_act24.kernels import compile, cuda, plans, reference
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 LIMIT_S = 170  # a run; those of one tool run side by side, so all end within 10 minutes
 DONE = "the workload is done"
 PACKING = [(65, 4112), (33, 100), (3, 12)]  # tokens, hidden_dim: of whole sixteens, and not
 MATMULS = {  # tokens, model_dim, hidden_dim
-    "sparse_mm, in rounds": [(3840, 2056, 704), (250, 8712, 64)],  # tiles of 192 rows, then of 128; of 128
-    "sparse_mm, few tiles": [(1279, 3592, 704), (200, 264, 192), (1, 8, 64)],  # of 192 beside some of 64; of 64
+    "sparse_mm in rounds": [(3840, 2056, 704), (250, 8712, 64)],  # tiles of 192 rows, then of 128; of 128
+    "sparse_mm of few tiles": [(1279, 3592, 704), (200, 264, 192), (1, 8, 64)],  # of 192 beside some of 64; of 64
 }
 FIRST = {"linear_relu2_sparsify": [(3840, 584, 2112), (250, 64, 8768), (1279, 72, 3584), (200, 328, 320), (1, 8, 64)]}
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
 GRADIENTS = {"gradients": [(1283, 584, 2112), (67, 64, 192)]}  # tokens (two make no four), model_dim, hidden_dim
 PLANTED = "planted"
 CASES = ("relu2_sparsify", *MATMULS, *FIRST, *GRADIENTS, PLANTED)
-KERNELS = "relu2_sparsify relu2_sparsify_any linear_relu2_sparsify sparse_mm grad_hidden feature_wise unpack columns"
-OURS = re.compile(rf"\b({KERNELS.replace(' ', '|')})\b")
+KERNELS = (
+    "relu2_sparsify",
+    "relu2_sparsify_any",
+    "linear_relu2_sparsify",
+    "sparse_mm",
+    "grad_hidden",
+    "feature_wise_counts",
+    "feature_wise_sums",
+    "unpack",
+    "columns",
+)
+OURS = re.compile(rf"\b({'|'.join(KERNELS)}|planted_race)\b")
+RACE = """
+extern "C" __global__ void planted_race(int* out) {
+  __shared__ int shared[256];
+  shared[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = shared[(threadIdx.x + 32) % 256];  // another warp's, which may not have written it yet
+}
+"""
 
 
 def workload(case: str) -> None:
     cubin = compile.cubin
     with mock.patch.object(compile, "cubin", lambda name, defines: cubin(name, {**defines, **UNBOUNDED})):
-        for dtype in cuda.ELEMENTS:
+        for dtype in plans.ELEMENTS:
             if case == PLANTED:
                 planted(dtype)
             for tokens, hidden_dim in PACKING if case == "relu2_sparsify" else ():
@@ -96,28 +116,49 @@ def gradients(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) 
     packed, metadata = reference.relu2_sparsify(torch.randint(-2, 3, (tokens, hidden_dim)).to(dtype))
     grad, weight = (torch.randint(-1, 2, (n, model_dim)).to(dtype) for n in (tokens, hidden_dim))
     down, chosen = weight.t().contiguous(), torch.tensor([hidden_dim - 1, 0, 5])
-    wise, codes, _, left, _ = reference.feature_wise(packed, metadata, True)
+    wise, codes, _, left = reference.feature_wise(packed, metadata, True, True)
     for name, arguments in {
         "grad_hidden": (grad, down, packed, metadata),
         "sparse_mm": (packed, metadata, down),
         "unpack": (packed, metadata),
         "columns": (packed, metadata, chosen),
-        "feature_wise": (packed, metadata, True),
-        "feature_wise_mm": (wise, codes, left * 0, grad, True),
+        "feature_wise": (packed, metadata, True, True),
+        "feature_wise of a gradient": (packed, metadata, True, False),
+        "feature_wise_mm": (wise, codes, left * 0, grad, True, False),
+        "feature_wise_mm transposed": (wise, codes, left * 0, grad, True, True),
     }.items():
         on_gpu = [each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments]
         if name == "sparse_mm":
             on_gpu[2] = weight.cuda().t()
-        got, want = getattr(cuda, name)(*on_gpu), getattr(reference, name)(*arguments)
+        function = name.split()[0]
+        got, want = getattr(cuda, function)(*on_gpu), getattr(reference, function)(*arguments)
         pairs = zip(got, want) if isinstance(got, tuple) else [(got, want)]
         assert all(torch.equal(a.cpu(), b) for a, b in pairs), name
 
 
 def planted(dtype: torch.dtype) -> None:
+    race()
     h = torch.empty(64, 4096, dtype=dtype, device="cuda")
     cuda.relu2_sparsify(h)
     h.untyped_storage().resize_(h.nbytes // 2)
     cuda.relu2_sparsify(h)
+
+
+def race() -> None:
+    from cuda.core import Device, LaunchConfig, launch
+
+    out = torch.empty(256, dtype=torch.int32, device="cuda")
+    device = Device()
+    device.set_current()
+    kernel = compiled_race().get_kernel("planted_race")
+    launch(device.create_stream(), LaunchConfig(grid=1, block=256), kernel, out.data_ptr())
+    torch.cuda.synchronize()
+
+
+def compiled_race() -> Any:
+    from cuda.core import Program, ProgramOptions
+
+    return Program(RACE, "c++", ProgramOptions(arch=compile.ARCH)).compile("cubin")
 
 
 def run(sanitizer: str, tool: str, case: str) -> dict[str, Any]:
@@ -164,19 +205,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--workload", choices=CASES, help="run this case, as each tool does")
     arguments = parser.parse_args()
-    if reason := cuda.why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16):
-        parser.error(reason)
+    if not torch.cuda.is_available():
+        parser.exit(2, f"{parser.prog} needs a Hopper GPU, found none\n")
+    if reason := cuda.why_not(torch.device("cuda"), torch.bfloat16):
+        parser.exit(2, f"{reason}\n")
     if arguments.workload:
         return workload(arguments.workload)
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not (version := re.search(r"[Vv]ersion (\S+)", output(sanitizer, "--version"))):
-        parser.error("compute-sanitizer must be on the PATH (it comes with the CUDA toolkit), found none")
+        parser.exit(2, "compute-sanitizer must be on the PATH (it comes with the CUDA toolkit), found none\n")
     result: dict[str, Any] = {"record": record("python benchmarks/sanitize.py"), "sanitizer": version[1], "runs": []}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for tool in TOOLS:
-        cases = [case for case in CASES if case != PLANTED or tool != "racecheck"]  # it looks at shared memory only
-        with ThreadPoolExecutor(len(cases)) as pool:
-            result["runs"] += pool.map(run, [sanitizer] * len(cases), [tool] * len(cases), cases)
+        with ThreadPoolExecutor(len(CASES)) as pool:
+            result["runs"] += pool.map(run, [sanitizer] * len(CASES), [tool] * len(CASES), CASES)
         text = json.dumps(result, indent=1, ensure_ascii=False)
         (arguments.out / "sanitizer.json").write_text(text + "\n")
     show(result["runs"])

@@ -2,11 +2,12 @@
 
 A result has up to four parts, ``kernels``, ``ffn``, ``tokens`` and ``training``, each with the ``record`` of its run
 and its ``rows``. A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros`` (percent),
-``samples`` (one a round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they
-could be measured.
+``dtype`` where it is not bfloat16, ``samples`` (one a round), their ``median``, ``min`` and ``max`` in ``unit``, and
+clock, power and energy where they could be measured.
 """
 
 import argparse
+import itertools
 import json
 import operator
 import statistics
@@ -48,18 +49,19 @@ def named(shape: Shape) -> str:
     return " × ".join(map(str, shape))
 
 
-def rows(result: dict[str, Any], part: str, zeros: int = 90) -> dict[Shape, dict[str, Row]]:
+def rows(result: dict[str, Any], part: str, zeros: int = 90, dtype: str = "bfloat16") -> dict[Shape, dict[str, Row]]:
     """The part's rows by shape and by what was timed; none if it was not measured."""
     found: dict[Shape, dict[str, Row]] = {}
     for row in result.get(part, {}).get("rows", ()):
-        if row["zeros"] == zeros:
+        if row["zeros"] == zeros and row.get("dtype", "bfloat16") == dtype:
             found.setdefault(shape_of(row), {})[row["what"]] = row
     return found
 
 
-def best(timed: dict[str, Row], prefix: str = "dense") -> Row:
+def best(timed: dict[str, Row], dense: str = "dense", how: str = "") -> Row:
     """Of ``torch.compile``'s modes the faster one."""
-    return min((row for what, row in timed.items() if what.startswith(prefix)), key=lambda row: row["median"])
+    modes = (f"{dense}{how}", f"{dense} tuned{how}")
+    return min((timed[mode] for mode in modes if mode in timed), key=lambda row: row["median"])
 
 
 def ratio(timed: dict[str, Row], baseline: str, ours: str = "2:4") -> float | None:
@@ -113,17 +115,18 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             for how in ("exact", "sparse"):
                 figure = f"FFN {part} over torch.compile, {how} gradients of weights"
                 add_ratio(figure, shape, ratio(timed, dense, f"{prefix}2:4 {how}"))
-    by_tokens = rows(result, "tokens")
-    for how in ("", " graph"):
+    for dtype, how in itertools.product(("bfloat16", "float16"), ("", " graph")):
         few = [
-            (ratio(timed, f"dense{how}", f"chosen{how}"), at) for at, timed in by_tokens.items() if at[0] <= MOST_TOKENS
+            (ratio(timed, best(timed, how=how)["what"], f"chosen{how}"), at)
+            for at, timed in rows(result, "tokens", dtype=dtype).items()
+            if at[0] <= MOST_TOKENS
         ]
         if few:
             slowest, shape = min(few)
-            figure = "FFN of few tokens over dense" + (", in a CUDA graph" if how else "")
-            add(f"{figure}: least", shape, slowest, LEAST_FEW)
+            figure = "FFN of few tokens over dense" + (", fp16" if dtype == "float16" else "")
+            add(f"{figure}{', in a CUDA graph' if how else ''}: least", shape, slowest, LEAST_FEW)
     for how in ("host", "host graph"):
-        for shape, timed in by_tokens.items():
+        for shape, timed in rows(result, "tokens").items():
             if f"{how} 2:4" in timed:
                 added = timed[f"{how} 2:4"]["median"] - timed[f"{how} dense"]["median"]
                 figure = "host time that 2:4 adds, µs" + (", replaying a CUDA graph" if "graph" in how else "")

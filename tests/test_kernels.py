@@ -14,11 +14,11 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import ao_act24
 from ao_act24 import when
-from ao_act24.kernels import cuda, layout, reference, schedule
+from ao_act24.kernels import cuda, layout, plans, reference, schedule
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-DTYPES = list(cuda.ELEMENTS)
+DTYPES = list(plans.ELEMENTS)
 
 
 def random(*shape, dtype=torch.bfloat16):
@@ -429,9 +429,7 @@ def test_feature_wise(size, permuted, dtype):
     dense = small_integers(tokens, model_dim // 64 * 64, dtype=dtype)
     left = left * 0  # what it adds is rounded again
     for transposed in (False, True):
-        got, want = (
-            each.feature_wise_mm(wise, codes, left, dense, permuted, transposed) for each in (cuda, reference)
-        )
+        got, want = (each.feature_wise_mm(wise, codes, left, dense, permuted, transposed) for each in (cuda, reference))
         assert torch.equal(got, want)
 
 

@@ -19,7 +19,7 @@ COLOURS = ("#343a40", "#0b6e4f", "#d0782a", "#7b2cbf", "#c1121f", "#1d7fb8")
 def read(directory: Path) -> Runs:
     from study import ARMS
 
-    found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(directory.glob("*-*.json"))]
     return {arm: runs for arm in ARMS if (runs := [run for run in found if run["arm"] == arm])}
 
 

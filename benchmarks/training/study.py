@@ -11,8 +11,9 @@
     exact           the gradients of weights dense and exact
 
 All arms of a seed start from the same weights and see the same batches. Every so many steps: loss on held-out files,
-and of each layer the share of zeros, the share of non-zeros that 2:4 drops, and of the energy of relu(h)² what 2:4
-along tokens drops. Writes ``<out>/<arm>-<seed>.json``; ``plot.py`` beside this draws all of them.
+and of each layer the share of zeros, the share of non-zeros that 2:4 drops, and what 2:4 along tokens drops of the
+energy of relu(h)² and of that of the gradient by h, which is the dense model's in all arms. Writes
+``<out>/<arm>-<seed>.json``; ``plot.py`` beside this draws all of them.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from machine import record
 
 import ao_act24
 from ao_act24 import autograd, ops
+from ao_act24.measure import across_tokens
 
 ARMS = ("dense", "full", "no-warm-up", "no-permutation", "no-split", "exact")
 
@@ -127,20 +129,20 @@ def look(model: GPT, run: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> di
     found: dict[str, Any] = {"loss": sum(float(autocast(run, *pair)) for pair in batches) / len(batches)}
     hidden: list[Tensor] = []
     hooks = [block.ffn.up.register_forward_hook(lambda *call: hidden.append(call[2])) for block in model.blocks]
-    autocast(model, *batches[0])
+    with torch.enable_grad():
+        loss = autocast(model, *batches[0])
     for hook in hooks:
         hook.remove()
-    for h in hidden:
+    for h, gradient in zip(hidden, torch.autograd.grad(loss, hidden)):
         y, (packed, metadata) = h.relu().square(), ops.relu2_sparsify(h)
-        wise, _, counts, left, _ = ops.feature_wise(packed, metadata, autograd.PERMUTED)
-        kept = torch.cat([wise, left]).float().square().sum(0)
-        whole = ops.unpack(packed, metadata).flatten(0, -2).float().square().sum(0)
-        densest = counts.topk(math.ceil(autograd.DENSE_SHARE * len(counts))).indices
-        kept[densest] = whole[densest]
+        pruned, pruned_gradient = (ops.unpack(p, metadata) for p in (packed, ops.gather(gradient, metadata)))
+        energy, dropped = across_tokens(pruned, pruned)
+        gradient_energy, dropped_gradient = across_tokens(pruned_gradient, pruned)
         for name, value in {
             "zeros": (y == 0).float().mean(),
             "dropped": 1 - (packed != 0).sum() / (y != 0).sum(),
-            "dropped_across_tokens": 1 - kept.sum() / whole.sum(),
+            "dropped_across_tokens": dropped / energy,
+            "dropped_gradient": dropped_gradient / gradient_energy.clamp_min(1e-300),  # there is none at first
         }.items():
             found.setdefault(name, []).append(round(float(value), 6))
     return found
