@@ -1,34 +1,48 @@
 """Where 2:4 is faster than dense: a rule, as data, with the measurement that it comes from.
 
-Dense over 2:4 time of a whole FFN, forward, bf16, ``torch.compile`` with default options, both in a CUDA graph, one
-H200, ``python benchmarks/hopper.py --only tokens`` (``benchmarks/results/hopper.json``)::
+Tiles are of a fixed size, and where they do not come out even, some multiprocessors wait: ``waste`` counts how much
+longer than if all worked alike (``kernels/schedule.py``). Dense over 2:4 time of a whole FFN, forward, by
+``torch.compile`` (the faster of its modes where both were measured), both in a CUDA graph, one H200::
 
-    D x H            T = 128    512   1024   1536   2048   4096
-    768 x 3072          0.48   0.63   0.80   0.94   1.00   1.27    14563: 1.41
-    1024 x 4096         0.48   0.74   0.86   0.98   1.08   1.23     8192: 1.23
-    2048 x 8192         0.49   0.80   1.06   1.15   1.22   1.23     2176: 1.17
-    3584 x 14336                                                     1552: 1.12
-    4096 x 16384        0.66   1.05   1.22   1.26   1.22   1.27     1152: 1.12
-    4608 x 18432                                                     1168: 1.15
-    8192 x 32768        0.81   1.21   1.22   1.26   1.25   1.26
+    T x D x H                   waste  dense / 2:4  both multiplied
+    1536 x 4096 x 16384          1.03         1.26     1.30
+    4096 x 4096 x 16384          1.04         1.24     1.30
+    1024 x 4096 x 16384          1.07         1.21     1.30
+    2048 x 2048 x  8192          1.07         1.22     1.30
+    4096 x 1024 x  4096          1.07         1.24     1.32
+    1152 x 4096 x 16384          1.15         1.12     1.29
+    1552 x 3584 x 14336          1.17         1.12     1.31
+    4096 x  768 x  3072          1.18         1.27     1.50
+    1168 x 4608 x 18432          1.21         1.17     1.41    fp16: 1.19
+    1024 x 2048 x  8192          1.22         1.06     1.30
+    1728 x 3584 x 14336          1.24         1.05     1.30
+    1648 x 2560 x 10240          1.25         0.99     1.24
+    1440 x 2304 x 13824          1.25         1.14     1.43
+    2112 x 2048 x  8192          1.25         1.13     1.41    fp16: 1.14
+    2048 x  768 x  3072          1.33         1.09     1.44
+    1025 x 4096 x  8192          1.40         0.96     1.34
+    1049 x 3328 x 13312          1.49         0.86     1.28
+    1079 x 2304 x 13824          1.67         0.80     1.33
+    1024 x 1024 x  4096          1.71         0.95     1.62
 
-The rule starts at 14564, 8192, 2048 and, from 3584 x 14336 on, 1024 tokens. The sizes to the right are uneven by
-``kernels/schedule.py``, but not the most uneven: by its count clusters wait longer at 1049 x 3328 x 13312 and at
-1079 x 2304 x 13824, which are not measured. Nor is hidden_dim other than four times model_dim; nor fp16, which takes
-the same instructions; nor other Hopper cards, which have less power or memory bandwidth for dense and 2:4 alike.
+Multiplied, they are 1.24 and more: so 2:4 is no slower wherever ``waste`` is up to 1.22. From ``least_tokens`` on it
+is, for any number of tokens; below, for some. (Seen in two runs of 2026-11-25. ``benchmarks/results/hopper.json`` is of
+an earlier rule, which did not know of waste: 2:4 from 2**35 multiplications on.)
 
 Called one by one, without a graph, 2:4 is no slower at the small sizes either: launching binds, and takes less time.
-Few tokens also bind both matmuls to reading the weights, which 2:4 activations do not make smaller.
+Fewer than 1024 tokens bind both matmuls to reading the weights, which 2:4 activations do not make smaller. Other Hopper
+cards, with less power or memory bandwidth for dense and 2:4 alike, were not measured.
 """
 
-from ao_act24.kernels import cuda
-from ao_act24.kernels.schedule import TILE_COLUMNS
+import functools
+
+from ao_act24.kernels import cuda, schedule
 from ao_act24.phases import PHASE
 
 MIN_TOKENS = 1024
-MIN_PRODUCT = 2**35  # tokens * model_dim * hidden_dim: multiplications of one dense matmul
 MIN_DIM = 768  # of both: smaller ones were not measured; at few columns a tile's end is as long as its stages
-MAX_PADDING = 1.05  # of a weight, both ways to whole tiles; not measured: small against what 2:4 gains
+MAX_WASTE = 1.22
+CLUSTERS = 66  # of an H100 or H200 (SXM)
 
 
 def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, config) -> str:  # type: ignore[no-untyped-def]
@@ -63,17 +77,32 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # typ
             return f"the 2:4 kernels take {name} divisible by {factor}, got {size}"
     if not in_rows:
         return "the down projection's weight is stored [hidden_dim, model_dim]: 2:4 would copy it at each call"
-    if model_dim is not None and hidden_dim is not None:
-        padded = [-(-size // TILE_COLUMNS) * TILE_COLUMNS for size in (model_dim, hidden_dim)]
-        if padded[0] * padded[1] > MAX_PADDING * model_dim * hidden_dim:
-            return f"the 2:4 kernels would pad a {model_dim} x {hidden_dim} weight to {padded[0]} x {padded[1]}"
-        if min(model_dim, hidden_dim) < MIN_DIM:
-            return f"2:4 pays from model_dim and hidden_dim {MIN_DIM} on, got {model_dim} and {hidden_dim}"
-    if tokens is None or model_dim is None or hidden_dim is None:
+    if model_dim is None or hidden_dim is None:
         return ""
-    if tokens < MIN_TOKENS:
-        return f"2:4 pays from {MIN_TOKENS} tokens on, got {tokens}: dense is faster here"
-    if tokens * model_dim * hidden_dim < MIN_PRODUCT:
-        least = -(-MIN_PRODUCT // (model_dim * hidden_dim))
-        return f"2:4 pays from {least} tokens on at this size, got {tokens}: dense is faster here"
-    return ""
+    if min(model_dim, hidden_dim) < MIN_DIM:
+        return f"2:4 pays from model_dim and hidden_dim {MIN_DIM} on, got {model_dim} and {hidden_dim}"
+    if tokens is None:
+        return ""
+    least = least_tokens(int(model_dim), int(hidden_dim))
+    if tokens >= least:
+        return ""
+    if isinstance(tokens, int) and tokens >= MIN_TOKENS:  # one graph for each number of tokens
+        if waste(tokens, model_dim, hidden_dim) <= MAX_WASTE:
+            return ""
+        return f"2:4 pays from {least} tokens on at this size, and at some fewer, got {tokens}: dense is faster here"
+    return f"2:4 pays from {least} tokens on at this size, got {tokens}: dense is faster here"
+
+
+@functools.cache
+def least_tokens(model_dim: int, hidden_dim: int) -> int:
+    """From how many tokens on 2:4 pays, whatever their number."""
+    step = schedule.TILE_ROWS * schedule.CLUSTER // 3  # most is lost one token beyond whole ones
+    counts = range(2**16 + 1, MIN_TOKENS, -step)
+    uneven = (tokens + step for tokens in counts if waste(tokens, model_dim, hidden_dim) > MAX_WASTE)
+    return next(uneven, MIN_TOKENS)
+
+
+def waste(tokens: int, model_dim: int, hidden_dim: int) -> float:
+    """Of both matmuls, of which the dense one takes twice as long."""
+    first, second = (schedule.waste(tokens, columns, CLUSTERS) for columns in (hidden_dim, model_dim))
+    return (2 * first + second) / 3

@@ -9,7 +9,6 @@ long bursts of ``hopper.py``; times and energy are of such bursts. Writes ``benc
 import argparse
 import csv
 import functools
-import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +23,13 @@ from ao_act24.kernels import cuda
 
 SHAPE = (8192, 4096, 16384)
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables")
-KEPT = re.compile(
-    r"tensor|l1tex__data|dram__(bytes|throughput)|lts__t_(bytes|sectors)\.|gpu__time_duration|sm__throughput"
+KEPT = (
+    "gpu__time_duration.sum",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",  # shared memory's pipe
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "lts__t_sectors.sum",  # of L2, 32 bytes each
 )
 
 
@@ -64,11 +68,11 @@ def counters(ncu: str) -> dict[str, dict[str, str]]:
 
 
 def parsed(text: str) -> list[dict[str, str]]:
-    """Of each kernel, in order, the counters that ``KEPT`` names, with their units."""
+    """Of each kernel, in order, the counters in ``KEPT``, with their units."""
     table = [line for line in csv.reader(text.splitlines()) if len(line) > 10]  # others are the program's own
     names, units, *kernels = table
     return [
-        {name: f"{value} {unit}".strip() for name, unit, value in zip(names, units, kernel) if KEPT.search(name)}
+        {name: f"{value} {unit}".strip() for name, unit, value in zip(names, units, kernel) if name in KEPT}
         for kernel in kernels
     ]
 

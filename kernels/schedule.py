@@ -35,9 +35,7 @@ def share_out(tokens: int, columns: int, stages: int, clusters: int) -> tuple[Sh
 
     These are as few as take no longer: power is short, and 64 in step are no slower than 66.
     """
-    column_tiles = -(-columns // TILE_COLUMNS)
-    ways = list(_ways(-(-tokens // (64 * CLUSTER)), 3 * -(-clusters // column_tiles)))
-    least = min(_longest(rows, column_tiles, clusters) for rows in ways)
+    column_tiles, ways, least = _choices(tokens, columns, clusters)
     best = [
         (fewer, rows)
         for rows in ways
@@ -50,6 +48,19 @@ def share_out(tokens: int, columns: int, stages: int, clusters: int) -> tuple[Sh
     rounds, late = divmod(whole * column_tiles, clusters)
     early = _early(height, late)
     return Shape(tokens, columns, stages, whole, lower, height, column_tiles, band, rounds, late, early), clusters
+
+
+def waste(tokens: int, columns: int, clusters: int) -> float:
+    """The work of the cluster that has the most, over what each had if all worked alike, in whole tiles only."""
+    whole_tiles = tokens / (TILE_ROWS * CLUSTER) * columns / TILE_COLUMNS
+    return _choices(tokens, columns, clusters)[2] * clusters / (COSTS[3] * whole_tiles)
+
+
+def _choices(tokens: int, columns: int, clusters: int) -> tuple[int, list[Rows], int]:
+    """Column tiles, the ways to make the rows, and the longest work in the best of them."""
+    column_tiles = -(-columns // TILE_COLUMNS)
+    ways = list(_ways(-(-tokens // (64 * CLUSTER)), 3 * -(-clusters // column_tiles)))
+    return column_tiles, ways, min(_longest(rows, column_tiles, clusters) for rows in ways)
 
 
 def _ways(units: int, most: int) -> Iterator[Rows]:

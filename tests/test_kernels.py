@@ -277,7 +277,7 @@ def made_of(rows, monkeypatch, clusters=66):
     share_out = schedule.share_out
     monkeypatch.setattr(schedule, "_ways", lambda units, most: [rows])
     monkeypatch.setattr(schedule, "share_out", lambda *size: share_out.__wrapped__(*size[:3], min(clusters, size[3])))
-    monkeypatch.setattr(cuda, "_plans", cuda._Plans())
+    monkeypatch.setattr(cuda, "PLANS", plans.Plans())
     return (3 * whole + height * lower) * 64 * schedule.CLUSTER - 5
 
 
@@ -515,8 +515,8 @@ def test_a_model_uses_them_where_they_pay(way, monkeypatch):
         ao_act24.sparsify_(mlp)
     if way != "sparsify_":
         run = torch.compile(mlp, backend="ao_act24" if way == "backend" else "inductor", fullgraph=True)
-    least = when.MIN_PRODUCT // (2048 * 8192)
-    many, few = random(least, 2048), random(least - 1, 2048)
+    least = when.least_tokens(2048, 8192)
+    many, few = random(least, 2048), random(2049, 2048)
     with torch.no_grad():
         sparse, dense = outputs(eager, many)
         got = run(many)
