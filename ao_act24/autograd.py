@@ -137,21 +137,21 @@ def _feature_wise_grads(
         return None, None, None
     grad_up = sums = grad_down = None
     wise, codes, counts, left = ops.feature_wise(packed, metadata, PERMUTED, True)
-    densest = choose_densest(counts)
+    densest, slots = ops.densest(counts, how_many_densest(counts.shape[0]))
     if down:
-        exact = _matmul_weight_grad(grad, ops.columns(packed, metadata, densest))
-        grad_down = ops.feature_wise_mm(wise, codes, left, grad, PERMUTED, True).index_copy(1, densest, exact)
+        exact = _matmul_weight_grad(ops.columns(packed, metadata, densest), grad)
+        grad_down = ops.feature_wise_mm(wise, codes, left, grad, exact, slots, PERMUTED, True)
     if up or up_bias:
         wise, codes, sums, left = ops.feature_wise(hidden, metadata, PERMUTED, False)
     if up:
         exact = _matmul_weight_grad(ops.columns(hidden, metadata, densest), x)
-        grad_up = ops.feature_wise_mm(wise, codes, left, x, PERMUTED, False).index_copy(0, densest, exact)
+        grad_up = ops.feature_wise_mm(wise, codes, left, x, exact, slots, PERMUTED, False)
     return grad_up, sums if up_bias else None, grad_down
 
 
-def choose_densest(counts: Tensor) -> Tensor:
-    """Which features fire most, by the non-zeros ``counts [H]`` of each: ``DENSE_SHARE`` of them, in whole eights."""
-    return counts.argsort(descending=True)[: math.ceil(DENSE_SHARE * counts.shape[0] / 8) * 8]
+def how_many_densest(hidden_dim: int) -> int:
+    """``DENSE_SHARE`` of the features, in whole eights."""
+    return min(math.ceil(DENSE_SHARE * hidden_dim / 8) * 8, hidden_dim)
 
 
 def _sparsify_backward(ctx: Any, grad_packed: Tensor, _: None) -> Tensor:

@@ -33,6 +33,7 @@ KERNELS = (  # functions of kernels.cuda, each named as its operator
     "relu2_ffn",
     "grad_hidden",
     "feature_wise",
+    "densest",
     "feature_wise_mm",
     "unpack",
     "columns",

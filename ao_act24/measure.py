@@ -83,7 +83,7 @@ def across_tokens(values: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
     sizes, four = ((4, quarter), 0) if autograd.PERMUTED else ((quarter, 4), 1)
     groups = squares[: 4 * quarter].unflatten(0, sizes)
     dropped = groups.topk(2, four, largest=False).values.sum((0, 1))
-    dropped[autograd.choose_densest(counts)] = 0
+    dropped[ops.densest(counts, autograd.how_many_densest(len(counts)))[0]] = 0
     return squares.sum(), dropped.sum()
 
 

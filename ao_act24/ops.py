@@ -13,7 +13,9 @@ for training both matmuls in one, and what its gradient is made of, without grad
     relu2_ffn(x, up, up_bias, down, down_bias, feature_wise)   -> out, packed, metadata
     grad_hidden(grad, down, packed, metadata)           -> packed           by h: mask * (grad @ down) * 2 relu(h)
     feature_wise(packed, metadata, permuted, counted)   -> packed, metadata, totals, left     2:4 along tokens
-    feature_wise_mm(packed, metadata, left, dense, permuted, transposed)  -> grad   unpacked.T @ dense of such
+    densest(counts, chosen)                             -> index, slots     the largest counts
+    feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)  -> grad
+                                                        unpacked.T @ dense of such, some rows from exact
     columns(packed, metadata, index)                    -> dense            unpack(packed, metadata)[..., index]
 
 ``[..., H]`` dense tensors have H divisible by 4; leading dimensions are tokens; ``packed`` is ``[..., H / 2]``,
@@ -314,7 +316,14 @@ def _fake_feature_wise(packed: Tensor, metadata: Tensor, permuted: bool, counted
 
 
 def _check_feature_wise_mm(
-    packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool, transposed: bool
+    packed: Tensor,
+    metadata: Tensor,
+    left: Tensor,
+    dense: Tensor,
+    exact: Tensor,
+    slots: Tensor,
+    permuted: bool,
+    transposed: bool,
 ) -> None:
     _floating("packed", packed)
     torch._check_value(
@@ -331,6 +340,24 @@ def _check_feature_wise_mm(
     torch._check_value(
         dense.dim() == 2 and dense.shape[0] // 4 * 2 == packed.shape[0],
         lambda: f"dense must be [tokens, D] with the tokens of packed, {tuple(packed.shape)}, got {tuple(dense.shape)}",
+    )
+    _same("exact", exact, "packed", packed)
+    torch._check_value(
+        exact.dim() == 2 and exact.shape[1] == dense.shape[1],
+        lambda: f"exact must be [K, D] with D = {dense.shape[1]} as in dense, got {tuple(exact.shape)}",
+    )
+    torch._check_type(slots.dtype == torch.int32, lambda: f"slots must have dtype int32, got {slots.dtype}")
+    torch._check_value(
+        slots.dim() == 1 and slots.shape[0] == packed.shape[1] and slots.device == packed.device,
+        lambda: f"slots must be [{packed.shape[1]}] on {packed.device}, got {tuple(slots.shape)} on {slots.device}",
+    )
+
+
+def _check_densest(counts: Tensor, chosen: int) -> None:
+    torch._check_type(counts.dtype == torch.int32, lambda: f"counts must have dtype int32, got {counts.dtype}")
+    torch._check_value(counts.dim() == 1, lambda: f"counts must be a vector, got shape {tuple(counts.shape)}")
+    torch._check_value(
+        0 <= chosen <= counts.shape[0], lambda: f"chosen must be in [0, {counts.shape[0]}], got {chosen}"
     )
 
 
@@ -367,14 +394,21 @@ _define(
     (cuda.feature_wise, _never),
 )
 _define(
-    "feature_wise_mm(Tensor packed, Tensor metadata, Tensor left, Tensor dense, bool permuted, bool transposed)"
-    " -> Tensor",
+    "feature_wise_mm(Tensor packed, Tensor metadata, Tensor left, Tensor dense, Tensor exact, Tensor slots, "
+    "bool permuted, bool transposed) -> Tensor",
     _check_feature_wise_mm,
     reference.feature_wise_mm,
-    lambda packed, metadata, left, dense, permuted, transposed: dense.new_empty(
+    lambda packed, metadata, left, dense, exact, slots, permuted, transposed: dense.new_empty(
         (dense.shape[1], packed.shape[1]) if transposed else (packed.shape[1], dense.shape[1])
     ),
     (cuda.feature_wise_mm, _never),
+)
+_define(
+    "densest(Tensor counts, SymInt chosen) -> (Tensor index, Tensor slots)",
+    _check_densest,
+    reference.densest,
+    lambda counts, chosen: (counts.new_empty(chosen, dtype=torch.int64), torch.empty_like(counts)),
+    (cuda.densest, _never),
 )
 _define(
     "columns(Tensor packed, Tensor metadata, Tensor index) -> Tensor",
@@ -417,5 +451,6 @@ sampled_mm = torch.ops.ao_act24.sampled_mm
 relu2_ffn = torch.ops.ao_act24.relu2_ffn
 grad_hidden = torch.ops.ao_act24.grad_hidden
 feature_wise = torch.ops.ao_act24.feature_wise
+densest = torch.ops.ao_act24.densest
 feature_wise_mm = torch.ops.ao_act24.feature_wise_mm
 columns = torch.ops.ao_act24.columns

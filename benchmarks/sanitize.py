@@ -52,6 +52,7 @@ KERNELS = (
     "grad_hidden",
     "feature_wise_counts",
     "feature_wise_sums",
+    "densest",
     "unpack",
     "columns",
 )
@@ -116,7 +117,8 @@ def gradients(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) 
     packed, metadata = reference.relu2_sparsify(torch.randint(-2, 3, (tokens, hidden_dim)).to(dtype))
     grad, weight = (torch.randint(-1, 2, (n, model_dim)).to(dtype) for n in (tokens, hidden_dim))
     down, chosen = weight.t().contiguous(), torch.tensor([hidden_dim - 1, 0, 5])
-    wise, codes, _, left = reference.feature_wise(packed, metadata, True, True)
+    wise, codes, counts, left = reference.feature_wise(packed, metadata, True, True)
+    exact, (_, slots) = weight[:5], reference.densest(counts, 5)
     for name, arguments in {
         "grad_hidden": (grad, down, packed, metadata),
         "sparse_mm": (packed, metadata, down),
@@ -124,8 +126,9 @@ def gradients(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) 
         "columns": (packed, metadata, chosen),
         "feature_wise": (packed, metadata, True, True),
         "feature_wise of a gradient": (packed, metadata, True, False),
-        "feature_wise_mm": (wise, codes, left * 0, grad, True, False),
-        "feature_wise_mm transposed": (wise, codes, left * 0, grad, True, True),
+        "densest": (counts, 5),
+        "feature_wise_mm": (wise, codes, left * 0, grad, exact, slots, True, False),
+        "feature_wise_mm transposed": (wise, codes, left * 0, grad, exact, slots, True, True),
     }.items():
         on_gpu = [each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments]
         if name == "sparse_mm":

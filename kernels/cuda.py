@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from . import compile, layout, reference
-from .plans import ELEMENTS, PLANS, contiguous
+from .plans import ELEMENTS, PLANS
 
 # Allocates on the current device, as Inductor's generated code does it: a plain function, past torch's dispatcher, in
 # less than half of ``new_empty``'s time.
@@ -101,7 +101,13 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
     bias = None if bias is None else _aligned(bias)
     (out,) = (_empty(*shape) for shape in plan.outputs)
     plan.run(
-        _aligned(packed), _aligned(weight), metadata.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+        _aligned(packed),
+        _aligned(weight),
+        metadata.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        0,
+        0,
     )
     return out
 
@@ -138,56 +144,83 @@ def feature_wise(
         with torch.cuda.device(index):
             return feature_wise(packed, metadata, permuted, counted)
     tokens = packed.numel() // max(packed.shape[-1], 1)
-    whole = tokens // 4 * 4
-    if hidden_dim % 64 or not whole * hidden_dim:
+    plan = PLANS.feature_wise(tokens, hidden_dim, permuted, counted, packed.dtype, index)
+    if plan is None:
         return reference.feature_wise(packed, metadata, permuted, counted)
     packed, metadata = _aligned(packed), _aligned(metadata)
-    wise = _empty(*contiguous((whole // 2, hidden_dim), packed.dtype))
-    codes = _empty(*contiguous(layout.metadata_shape((hidden_dim, whole)), torch.uint8))
-    parts = _empty(*contiguous((-(-whole // 256), hidden_dim), torch.int32 if counted else torch.float32))  # of blocks
-    start = PLANS.feature_wise(tokens // 4, hidden_dim, permuted, counted, packed.dtype, index)
-    start(*(tensor.data_ptr() for tensor in (packed, metadata, wise, codes, parts)))
-    left, totals = packed.new_zeros(3, hidden_dim), parts.sum(0, dtype=parts.dtype)
-    if whole < tokens:  # one to three rows of the last block of metadata
+    wise, codes, parts, left = (_empty(*shape) for shape in plan.outputs)
+    plan.launch(*(tensor.data_ptr() for tensor in (packed, metadata, wise, codes, parts, left)))
+    totals, more = parts.sum(0, dtype=parts.dtype), tokens % 4
+    if more:  # one to three rows of the last block of metadata
+        whole = tokens - more
         rows = layout.to_rows(metadata[-16:], tokens - whole // 16 * 16, hidden_dim)[whole % 16 :]
-        left[: tokens - whole] = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
+        left[:more] = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
         totals += reference.total(left, counted)
     return wise, codes, totals, left
 
 
+def densest(counts: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """As ``reference.densest``."""
+    gpu = counts.get_device()
+    if gpu != torch._C._cuda_getDevice():
+        with torch.cuda.device(gpu):
+            return densest(counts, chosen)
+    counts, plan = counts.contiguous(), PLANS.densest(counts.shape[0], chosen, gpu)
+    index, slots = (_empty(*shape) for shape in plan.outputs)
+    if counts.shape[0]:
+        plan.launch(counts.data_ptr(), index.data_ptr(), slots.data_ptr())
+    return index, slots
+
+
 def feature_wise_mm(
-    packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool, transposed: bool
+    packed: Tensor,
+    metadata: Tensor,
+    left: Tensor,
+    dense: Tensor,
+    exact: Tensor,
+    slots: Tensor,
+    permuted: bool,
+    transposed: bool,
 ) -> Tensor:
     """As ``reference.feature_wise_mm``: fp32 accumulation, rounded once, but for what the tokens left over add, rounded
     again. The kernel takes H and D divisible by 64."""
     index = packed.get_device()
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
-            return feature_wise_mm(packed, metadata, left, dense, permuted, transposed)
+            return feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)
     plan = PLANS.feature_wise_mm(packed.shape, dense.shape[1], permuted, transposed, packed.dtype, index)
     if plan is None:
-        return reference.feature_wise_mm(packed, metadata, left, dense, permuted, transposed)
-    metadata = _aligned(metadata)
+        return reference.feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)
+    metadata, exact, slots = _aligned(metadata), _aligned(exact), _aligned(slots)
     (out,) = (_empty(*shape) for shape in plan.outputs)
-    plan.run(_aligned(packed), _aligned(dense), metadata.data_ptr(), 0, out.data_ptr())
+    plan.run(
+        _aligned(packed),
+        _aligned(dense),
+        metadata.data_ptr(),
+        0,
+        out.data_ptr(),
+        exact.data_ptr(),
+        slots.data_ptr(),
+    )
     rest = dense[2 * packed.shape[0] :]
     if rest.shape[0]:
-        (out.t() if transposed else out).addmm_(left[: rest.shape[0]].t(), rest)
+        of_rest = left[: rest.shape[0]].masked_fill(slots >= 0, 0)
+        (out.t() if transposed else out).addmm_(of_rest.t(), rest)
     return out
 
 
 def unpack(packed: Tensor, metadata: Tensor) -> Tensor:
     """As ``reference.unpack``. The kernel takes H divisible by 16."""
-    index, (*tokens, half) = packed.get_device(), packed.shape
+    index, half = packed.get_device(), packed.shape[-1]
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
             return unpack(packed, metadata)
     if half % 8 or not packed.numel():
         return reference.unpack(packed, metadata)
     packed, metadata = _aligned(packed), _aligned(metadata)
-    dense = _empty(*contiguous((*tokens, 2 * half), packed.dtype))
-    start = PLANS.unpack(packed.numel() // half, 2 * half, packed.dtype, index)
-    start(packed.data_ptr(), metadata.data_ptr(), dense.data_ptr())
+    plan = PLANS.unpack(packed.shape[:-1], 2 * half, packed.dtype, index)
+    (dense,) = (_empty(*shape) for shape in plan.outputs)
+    plan.launch(packed.data_ptr(), metadata.data_ptr(), dense.data_ptr())
     return dense
 
 
@@ -200,9 +233,9 @@ def columns(packed: Tensor, metadata: Tensor, chosen: Tensor) -> Tensor:
     if not packed.numel() or not chosen.numel():
         return packed.new_zeros((*tokens, chosen.shape[0]))
     packed, metadata, chosen = _aligned(packed), _aligned(metadata), chosen.contiguous()
-    dense = _empty(*contiguous((*tokens, chosen.shape[0]), packed.dtype))
-    start = PLANS.columns(packed.numel() // half, 2 * half, chosen.shape[0], packed.dtype, index)
-    start(packed.data_ptr(), metadata.data_ptr(), chosen.data_ptr(), dense.data_ptr())
+    plan = PLANS.columns(packed.shape[:-1], 2 * half, chosen.shape[0], packed.dtype, index)
+    (dense,) = (_empty(*shape) for shape in plan.outputs)
+    plan.launch(packed.data_ptr(), metadata.data_ptr(), chosen.data_ptr(), dense.data_ptr())
     return dense
 
 

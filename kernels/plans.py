@@ -92,30 +92,57 @@ class _Matmul:
         self.launch(*pointers)
 
 
+@dataclass(frozen=True)
+class _Simple:
+    outputs: tuple[Empty, ...]
+    launch: Launch
+
+
 def _feature_wise(
-    quarter: int, hidden_dim: int, permuted: bool, counted: bool, dtype: torch.dtype, index: int
-) -> Launch:
+    tokens: int, hidden_dim: int, permuted: bool, counted: bool, dtype: torch.dtype, index: int
+) -> _Simple | None:
+    whole = tokens // 4 * 4
+    if hidden_dim % 64 or not whole * hidden_dim:
+        return None
     launch.set_current(index)
     kernel = _simple_kernel("feature_wise", f"feature_wise_{'counts' if counted else 'sums'}", dtype, index)
-    # packed, metadata, wise packed, wise metadata, totals, quarter, columns, permuted
-    arguments = (*[POINTER] * 5, *map(ctypes.c_int64, (quarter, hidden_dim, permuted)))
-    return Launch(index, kernel, (-(-hidden_dim // 256), -(-quarter // 64)), _THREADS, 0, arguments)
+    outputs = (
+        contiguous((whole // 2, hidden_dim), dtype),
+        contiguous(layout.metadata_shape((hidden_dim, whole)), torch.uint8),
+        contiguous((-(-whole // 256), hidden_dim), torch.int32 if counted else torch.float32),  # totals of blocks
+        contiguous((3, hidden_dim), dtype),
+    )
+    # packed, metadata, the outputs, quarter, columns, permuted
+    arguments = (*[POINTER] * 6, *map(ctypes.c_int64, (tokens // 4, hidden_dim, permuted)))
+    grid = -(-hidden_dim // 256), -(-whole // 256)
+    return _Simple(outputs, Launch(index, kernel, grid, _THREADS, 0, arguments))
 
 
-def _unpack(tokens: int, hidden_dim: int, dtype: torch.dtype, index: int) -> Launch:
+def _densest(features: int, chosen: int, index: int) -> _Simple:
     launch.set_current(index)
-    kernel = _simple_kernel("unpack", "unpack", dtype, index)
+    kernel = _simple_kernel("densest", "densest", torch.bfloat16, index)
+    outputs = contiguous((chosen,), torch.int64), contiguous((features,), torch.int32)
+    # counts, the outputs, features, chosen
+    arguments = (*[POINTER] * 3, ctypes.c_int64(features), ctypes.c_int64(chosen))
+    return _Simple(outputs, Launch(index, kernel, (1, 1), 1024, 0, arguments))
+
+
+def _unpack(tokens: torch.Size, hidden_dim: int, dtype: torch.dtype, index: int) -> _Simple:
+    launch.set_current(index)
+    kernel, rows = _simple_kernel("unpack", "unpack", dtype, index), tokens.numel()
     # packed, metadata, dense, rows, columns
-    arguments = (*[POINTER] * 3, *map(ctypes.c_int64, (tokens, hidden_dim)))
-    return Launch(index, kernel, (-(-hidden_dim // (16 * _THREADS)), min(tokens, 65535)), _THREADS, 0, arguments)
+    arguments = (*[POINTER] * 3, *map(ctypes.c_int64, (rows, hidden_dim)))
+    grid = -(-hidden_dim // (16 * _THREADS)), min(rows, 65535)
+    return _Simple((contiguous((*tokens, hidden_dim), dtype),), Launch(index, kernel, grid, _THREADS, 0, arguments))
 
 
-def _columns(tokens: int, hidden_dim: int, chosen: int, dtype: torch.dtype, index: int) -> Launch:
+def _columns(tokens: torch.Size, hidden_dim: int, chosen: int, dtype: torch.dtype, index: int) -> _Simple:
     launch.set_current(index)
-    kernel = _simple_kernel("unpack", "columns", dtype, index)
+    kernel, rows = _simple_kernel("unpack", "columns", dtype, index), tokens.numel()
     # packed, metadata, index, dense, rows, columns, chosen
-    arguments = (*[POINTER] * 4, *map(ctypes.c_int64, (tokens, hidden_dim, chosen)))
-    return Launch(index, kernel, (-(-chosen // _THREADS), min(-(-tokens // 16), 65535)), _THREADS, 0, arguments)
+    arguments = (*[POINTER] * 4, *map(ctypes.c_int64, (rows, hidden_dim, chosen)))
+    grid = -(-chosen // _THREADS), min(-(-rows // 16), 65535)
+    return _Simple((contiguous((*tokens, chosen), dtype),), Launch(index, kernel, grid, _THREADS, 0, arguments))
 
 
 # Each of these gives None where the kernel does not take the sizes.
@@ -127,7 +154,7 @@ def _sparse_mm(
         return None
     outputs = (contiguous((*packed[:-1], model_dim), dtype),)
     name = "sparse_mm_mn" if transposed else "sparse_mm"
-    # maps, metadata, bias, out, shape
+    # maps, metadata, bias, out, no exact rows, no slots, shape
     return _matmul(name, packed.numel() // packed[-1], model_dim, hidden_dim, dtype, index, outputs)
 
 
@@ -162,7 +189,7 @@ def _feature_wise_mm(
         return None
     outputs = (contiguous((model_dim, hidden_dim) if transposed else (hidden_dim, model_dim), dtype),)
     name = "feature_wise_mm" + "_in_order" * (not permuted) + "_transposed" * transposed
-    # maps, metadata, no bias, out, shape
+    # maps, metadata, no bias, out, exact, slots, shape
     return _matmul(name, hidden_dim, model_dim, 2 * kept, dtype, index, outputs)
 
 
@@ -172,7 +199,7 @@ class Plans(threading.local):
         self.packing, self.sparse_mm = cached(_packing), cached(_sparse_mm)
         self.linear_relu2_sparsify, self.grad_hidden = cached(_linear_relu2_sparsify), cached(_grad_hidden)
         self.feature_wise, self.feature_wise_mm = cached(_feature_wise), cached(_feature_wise_mm)
-        self.unpack, self.columns = cached(_unpack), cached(_columns)
+        self.densest, self.unpack, self.columns = cached(_densest), cached(_unpack), cached(_columns)
 
 
 PLANS = Plans()
@@ -204,7 +231,8 @@ def _matmul(
         b_size = depth, 2, 4, run // 8, columns // run
         b_strides = 2 * depth, 2 * depth * (run // 4), 4 * depth, 2 * depth * run
         b_map = TensorMap(dtype, b_size, b_strides, (K, 2, 4, run // 8, per_block // run))
-    arguments = (*(each.words for each in (*a_maps, b_map)), *[POINTER] * 3, shape)
+    pointers = 5 if source(name) == "sparse_mm" else 3
+    arguments = (*(each.words for each in (*a_maps, b_map)), *[POINTER] * pointers, shape)
     ready = Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
     return _Matmul(outputs, a_maps, b_map, ready)
 

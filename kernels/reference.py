@@ -139,15 +139,38 @@ def _in_groups(tokens: Tensor, permuted: bool) -> Tensor:
     return tokens.unflatten(0, (4, quarter)).transpose(0, 1) if permuted else tokens.unflatten(0, (quarter, 4))
 
 
+def densest(counts: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """Which ``chosen`` of ``counts [H]`` are the largest, ties to the lower.
+
+    Returns:
+        index: ``[chosen]``, int64, ascending.
+        slots: ``[H]``, int32: where in ``index`` each is, or -1.
+    """
+    index = counts.sort(descending=True, stable=True).indices[:chosen].sort().values
+    slots = torch.full_like(counts, -1, dtype=torch.int32)
+    return index, slots.index_copy(0, index, torch.arange(chosen, dtype=torch.int32, device=counts.device))
+
+
 def feature_wise_mm(
-    packed: Tensor, metadata: Tensor, left: Tensor, dense: Tensor, permuted: bool, transposed: bool
+    packed: Tensor,
+    metadata: Tensor,
+    left: Tensor,
+    dense: Tensor,
+    exact: Tensor,
+    slots: Tensor,
+    permuted: bool,
+    transposed: bool,
 ) -> Tensor:
-    """``y.T @ dense`` of a ``feature_wise`` y and ``[tokens, D]``: ``[H, D]``; ``transposed``: ``[D, H]``."""
+    """``y.T @ dense`` of a ``feature_wise`` y and ``[tokens, D]``: ``[H, D]``; ``transposed``: ``[D, H]``.
+
+    But the row of a feature whose ``slots [H]`` is not negative is that row of ``exact [K, D]``.
+    """
     wide = accumulation_dtype(packed.dtype)
     rows = unpack(packed.t(), metadata).to(wide)
     groups = _in_groups(dense[: rows.shape[1]].to(wide), permuted)
     rest = dense[rows.shape[1] :].to(wide)
     out = (rows @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
+    out[slots >= 0] = exact[slots[slots >= 0]]
     return out.t().contiguous() if transposed else out
 
 

@@ -19,7 +19,7 @@ struct Index {
   int x, y;
 };
 inline thread_local Index threadIdx, blockIdx;
-inline Index gridDim;
+inline Index gridDim, blockDim{256, 1};
 inline std::barrier<>* block_barrier;
 
 #define __device__
@@ -39,8 +39,19 @@ struct uint2 {
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 
+using std::min;
+
 inline void __trap() { abort(); }
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline int block_sum(int value) {
+  static int sum;
+  __syncthreads();
+  if (threadIdx.x == 0) sum = 0;
+  __syncthreads();
+  __atomic_fetch_add(&sum, value, __ATOMIC_SEQ_CST);
+  __syncthreads();
+  return sum;
+}
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;

@@ -15,17 +15,24 @@ MAIN = """
 #include "relu2_sparsify.cu"
 #include "feature_wise.cu"
 #include "unpack.cu"
+#include "densest.cu"
 extern "C" {
 void run_pack(const u16* h, i64 stride, u16* packed, u32* metadata, i64 rows, i64 columns, bool any) {
   const i64 width = (columns + 255) / 256 * 256, padded = (rows + 15) / 16 * 16;
   if (any) launch(relu2_sparsify_any, (width + 2047) / 2048, padded, h, stride, packed, (u8*)metadata, rows, columns);
   else launch(relu2_sparsify, (width + 4095) / 4096, padded / 2, h, stride, packed, metadata, rows, columns);
 }
-void run_feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* codes, void* totals, i64 quarter,
-                      i64 width, i64 permuted, bool counted) {
-  const int x = (width + 255) / 256, y = (quarter + 63) / 64;
-  if (counted) launch(feature_wise_counts, x, y, packed, metadata, wise, codes, (int*)totals, quarter, width, permuted);
-  else launch(feature_wise_sums, x, y, packed, metadata, wise, codes, (float*)totals, quarter, width, permuted);
+void run_feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* codes, void* totals, u16* left,
+                      i64 quarter, i64 width, i64 permuted, bool counted) {
+  const auto run = [=](auto kernel, auto* kind) {
+    launch(kernel, (width + 255) / 256, (quarter + 63) / 64, packed, metadata, wise, codes, kind, left, quarter, width,
+           permuted);
+  };
+  if (counted) run(feature_wise_counts, (int*)totals);
+  else run(feature_wise_sums, (float*)totals);
+}
+void run_densest(const int* counts, i64* index, int* slots, i64 features, i64 chosen) {
+  launch(densest, 1, 1, counts, index, slots, features, chosen);
 }
 void run_unpack(const u16* packed, const u16* metadata, u16* dense, i64 rows, i64 width) {
   launch(unpack, (width + 4095) / 4096, rows, packed, metadata, dense, rows, width);
@@ -41,7 +48,7 @@ void run_columns(const u16* packed, const u32* metadata, const i64* index, u16* 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     path = tmp_path_factory.mktemp("host")
-    for name in ("relu2_sparsify.cu", "feature_wise.cu", "unpack.cu", "keep.cuh", "layout.cuh"):
+    for name in ("relu2_sparsify.cu", "feature_wise.cu", "unpack.cu", "densest.cu", "keep.cuh", "layout.cuh"):
         shutil.copy(compile.CSRC / name, path)
     shutil.copy(Path(__file__).parent / "stand_in.h", path / "ptx.cuh")
     (path / "main.cpp").write_text(MAIN)
@@ -94,8 +101,10 @@ def test_feature_wise(tokens, hidden_dim, permuted, counted, host):
     wise, codes, totals, left = reference.feature_wise(packed, metadata, permuted, counted)
     got = poisoned(wise), poisoned(codes)
     partial = torch.full((-(-(tokens // 4) // 64), hidden_dim), 7, dtype=totals.dtype)
-    host("run_feature_wise", packed, metadata, *got, partial, tokens // 4, hidden_dim, permuted, counted)
+    zeros = poisoned(left)
+    host("run_feature_wise", packed, metadata, *got, partial, zeros, tokens // 4, hidden_dim, permuted, counted)
     assert same_bits(got[0], wise) and torch.equal(got[1], codes)
+    assert not zeros.any()
     rest = (left != 0).sum(0) if counted else left.float().sum(0)
     torch.testing.assert_close((partial.sum(0) + rest).to(totals.dtype), totals, equal_nan=True)
 
@@ -111,3 +120,13 @@ def test_unpacking(tokens, hidden_dim, host):
     some = poisoned(want[:, :11].contiguous())
     host("run_columns", packed, metadata, index, some, tokens, hidden_dim, 11)
     assert same_bits(some, reference.columns(packed, metadata, index))
+
+
+@pytest.mark.parametrize("chosen", [0, 8, 64, 576])
+@pytest.mark.parametrize("most", [1, 3, 40, 2**31 - 1])
+def test_the_densest(most, chosen, host):
+    counts = torch.randint(most, (576,), dtype=torch.int32)  # with many ties, and with few
+    index, slots = reference.densest(counts, chosen)
+    got = poisoned(index), poisoned(slots)
+    host("run_densest", counts, *got, 576, chosen)
+    assert torch.equal(got[0], index) and torch.equal(got[1], slots)

@@ -428,8 +428,19 @@ def test_feature_wise(size, permuted, dtype):
     wise, codes, _, left = reference.feature_wise(packed, metadata, permuted, True)
     dense = small_integers(tokens, model_dim // 64 * 64, dtype=dtype)
     left = left * 0  # what it adds is rounded again
-    for transposed in (False, True):
-        got, want = (each.feature_wise_mm(wise, codes, left, dense, permuted, transposed) for each in (cuda, reference))
+    exact = small_integers(24, dense.shape[1], dtype=dtype)
+    for chosen in (0, 24):
+        _, slots = reference.densest(torch.randint(9, (hidden_dim,), dtype=torch.int32, device="cuda"), chosen)
+        for transposed in (False, True):
+            arguments = (wise, codes, left, dense, exact, slots, permuted, transposed)
+            assert torch.equal(cuda.feature_wise_mm(*arguments), reference.feature_wise_mm(*arguments))
+
+
+@pytest.mark.parametrize(("features", "chosen"), [(0, 0), (1, 1), (12, 8), (8192, 416), (16384, 824), (65600, 3280)])
+@pytest.mark.parametrize("most", [2, 5000])
+def test_the_densest(features, chosen, most):
+    counts = torch.randint(most, (features,), dtype=torch.int32, device="cuda")
+    for got, want in zip(cuda.densest(counts, chosen), reference.densest(counts, chosen)):
         assert torch.equal(got, want)
 
 

@@ -11,9 +11,17 @@ from cuda.bindings import driver
 
 from ao_act24.kernels import cuda, launch, plans, reference, schedule
 
-KERNELS = {"matmul": 1, "relu2_sparsify": 2, "relu2_sparsify_any": 3, "unpack": 5, "columns": 6}
+KERNELS = {
+    "matmul": 1,
+    "sparse_mm": 7,
+    "densest": 8,
+    "relu2_sparsify": 2,
+    "relu2_sparsify_any": 3,
+    "unpack": 5,
+    "columns": 6,
+}
 KERNELS |= {"feature_wise_counts": 4, "feature_wise_sums": 4}
-ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 8, 5: 5, 6: 7}  # how many each has
+ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 9, 5: 5, 6: 7, 7: 9, 8: 5}  # how many each has
 STREAM = 0x7FFF00000040
 SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
 BF16 = torch.bfloat16
@@ -52,7 +60,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(launch, "driver", lambda: stand_in)
     monkeypatch.setattr(launch, "set_current", lambda index: None)
     monkeypatch.setattr(plans, "_simple_kernel", lambda source, entry, *_: KERNELS[entry])
-    monkeypatch.setattr(plans, "_matmul_kernel", lambda *_: (KERNELS["matmul"], 66))
+    monkeypatch.setattr(plans, "_matmul_kernel", lambda name, *_: (KERNELS.get(plans.source(name), 1), 66))
     monkeypatch.setattr(cuda, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
@@ -84,7 +92,7 @@ def test_sparse_mm(tokens, launched):
 
 def check_work(launched, tokens):
     shape, clusters = schedule.share_out(tokens, 256, 8, 66)
-    assert bytes(schedule.Shape.from_address(launched.arguments[6])) == bytes(shape)
+    assert bytes(schedule.Shape.from_address(launched.arguments[-1])) == bytes(shape)
     assert launched.blocks == schedule.CLUSTER * clusters
 
 
@@ -109,7 +117,7 @@ def test_what_is_brought_in(name, launched):
         cuda.sparse_mm(*reference.relu2_sparsify(operand), weight)
     else:
         cuda.linear_relu2_sparsify(operand, weight)
-    shape = schedule.Shape.from_address(launched.arguments[6])
+    shape = schedule.Shape.from_address(launched.arguments[-1])
     assert (shape.whole, shape.lower, shape.lower_height) == (3, 1, 1)
     assert shape.stages == (12 if name == "sparse_mm" else 9)
     a_columns, run = plans.DEFINES[name]["A_COLUMNS"], plans.DEFINES[name]["RUN"]
@@ -159,7 +167,9 @@ def test_what_is_brought_in_mn_major(name, launched):
         packed, metadata, _, left = reference.feature_wise(
             *reference.relu2_sparsify(torch.randn(depth, rows).to(BF16)), permuted, True
         )
-        out = cuda.feature_wise_mm(packed, metadata, left, weight, permuted, transposed)
+        exact, slots = weight[:8].clone(), torch.full((rows,), -1, dtype=torch.int32)
+        out = cuda.feature_wise_mm(packed, metadata, left, weight, exact, slots, permuted, transposed)
+        assert launched.words[6:8] == [exact.data_ptr(), slots.data_ptr()]
         assert out.shape == ((columns, rows) if transposed else (rows, columns)) and out.is_contiguous()
         assert launched.words[:6] == [
             *[packed.data_ptr()] * 2,
@@ -177,7 +187,7 @@ def test_what_is_brought_in_mn_major(name, launched):
     assert addresses(strides, box) == [
         k * columns + 64 * block + n for block in range(2) for k in whole for n in range(64)
     ]
-    schedule_of = schedule.Shape.from_address(launched.arguments[6])
+    schedule_of = schedule.Shape.from_address(launched.arguments[-1])
     assert (schedule_of.tokens, schedule_of.columns, schedule_of.stages) == (rows, columns, depth // 64)
 
 
@@ -185,9 +195,15 @@ def test_regrouping_and_unpacking(launched):
     packed, metadata = reference.relu2_sparsify(torch.randn(2, 35, 192).to(BF16))
     for counted in (True, False):
         got, want = (each.feature_wise(packed, metadata, True, counted) for each in (cuda, reference))
-        assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want] and torch.equal(got[3], want[3])
-        pointers = [tensor.data_ptr() for tensor in (packed, metadata, *got[:2])]
-        assert launched.words[:4] == pointers and launched.words[5:] == [17, 192, 1]
+        assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want] and torch.equal(
+            got[3][:2], want[3][:2]
+        )
+        first, left = [tensor.data_ptr() for tensor in (packed, metadata, *got[:2])], got[3].data_ptr()
+        assert launched.words[:4] == first and launched.words[5:] == [left, 17, 192, 1]
+    counts = got[2].int()
+    index, slots = cuda.densest(counts, 16)
+    assert (index.shape, index.dtype, slots.shape, slots.dtype) == ((16,), torch.int64, (192,), torch.int32)
+    assert launched.words == [counts.data_ptr(), index.data_ptr(), slots.data_ptr(), 192, 16] and launched.blocks == 1
     dense = cuda.unpack(packed, metadata)
     assert dense.shape == (2, 35, 192)
     assert launched.words[:5] == [packed.data_ptr(), metadata.data_ptr(), dense.data_ptr(), 70, 192]

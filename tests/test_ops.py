@@ -34,11 +34,13 @@ def without_gradients(dtype, tokens, hidden_dim, out_dim=7):
     some = tensors(dtype, tokens, hidden_dim, out_dim, requires_grad=False)
     (packed, metadata), (grad, weight, _) = some["unpack"], some["sampled_mm"]
     rows = grad.reshape(-1, out_dim)
-    wise, codes, _, left = ops.feature_wise(packed, metadata, True, True)
+    wise, codes, counts, left = ops.feature_wise(packed, metadata, True, True)
+    _, slots = ops.densest(counts, 2)
     return {
         "grad_hidden": (grad, weight, packed, metadata),
         "feature_wise": (packed, metadata, True, False),
-        "feature_wise_mm": (wise, codes, left, rows, True, True),
+        "densest": (counts, 3),
+        "feature_wise_mm": (wise, codes, left, rows, rows.new_ones(2, out_dim), slots, True, True),
         "columns": (packed, metadata, torch.tensor([2, 0, 2])),
     }
 

@@ -80,10 +80,10 @@ __device__ __forceinline__ void regroup(const u16* packed, const u8* metadata, u
   }
 }
 
-// totals: [blocks of GROUPS, columns].
+// totals: [blocks of GROUPS, columns]; left: [3, columns], zeros.
 template <class Totals, class Total>
 __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* wise_metadata, Total* totals,
-                                             i64 quarter, i64 columns, bool permuted) {
+                                             u16* left, i64 quarter, i64 columns, bool permuted) {
   constexpr int LINE = 256 + 8;  // halves: a block of 16 features by 256 entries, and a shift to other banks
   __shared__ __align__(16) u16 codes[FEATURES / 16 * LINE];
   __shared__ Total warp_totals[8][FEATURES];
@@ -118,6 +118,7 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
     Total total = 0;  // in a fixed order
     for (int i = 0; i < 8; ++i) total += warp_totals[i][threadIdx.x];
     totals[blockIdx.y * columns + feature] = total;
+    for (int token = 0; blockIdx.y == 0 && token < 3; ++token) left[token * columns + feature] = 0;
   }
   // whole lines: 32 times 16 bytes a block of 16 features
   for (int i = threadIdx.x; i < FEATURES / 16 * 32; i += 256) {
@@ -128,12 +129,12 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     feature_wise_counts(const u16* __restrict__ packed, const u8* __restrict__ metadata, u16* __restrict__ wise,
-                        uint4* __restrict__ wise_metadata, int* __restrict__ counts, i64 quarter, i64 columns, i64 permuted) {
-  feature_wise<Counts>(packed, metadata, wise, wise_metadata, counts, quarter, columns, permuted);
+                        uint4* __restrict__ wise_metadata, int* __restrict__ counts, u16* __restrict__ left, i64 quarter, i64 columns, i64 permuted) {
+  feature_wise<Counts>(packed, metadata, wise, wise_metadata, counts, left, quarter, columns, permuted);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     feature_wise_sums(const u16* __restrict__ packed, const u8* __restrict__ metadata, u16* __restrict__ wise,
-                      uint4* __restrict__ wise_metadata, float* __restrict__ sums, i64 quarter, i64 columns, i64 permuted) {
-  feature_wise<Sums>(packed, metadata, wise, wise_metadata, sums, quarter, columns, permuted);
+                      uint4* __restrict__ wise_metadata, float* __restrict__ sums, u16* __restrict__ left, i64 quarter, i64 columns, i64 permuted) {
+  feature_wise<Sums>(packed, metadata, wise, wise_metadata, sums, left, quarter, columns, permuted);
 }

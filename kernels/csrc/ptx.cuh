@@ -80,6 +80,18 @@ __device__ __forceinline__ void sync_threads(u32 barrier, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Over the threads of a block of whole warps.
+__device__ __forceinline__ int block_sum(int value) {
+  __shared__ int sums[32];
+  const int lane = threadIdx.x % 32;
+  value = __reduce_add_sync(~0u, value);
+  if (lane == 0) sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = __reduce_add_sync(~0u, lane < blockDim.x / 32 ? sums[lane] : 0);
+  __syncthreads();
+  return value;
+}
+
 // --- clusters
 
 __device__ __forceinline__ u32 cluster_rank() {

@@ -1,7 +1,8 @@
 // out[T, D] = unpack(packed[T, H/2], metadata) @ weight[D, H]^T + bias[D], 16-bit floats, fp32 accumulation. See tiles.cuh.
 //
 // With B_MN, weight is [H, D] and there is no bias: the gradient of x. With A_MN besides, packed is [T/2, H], metadata [H, T], weight
-// [T, D] and out [H, D], or TRANSPOSED [D, H], two of every four tokens being kept for each feature: the gradient of a weight.
+// [T, D] and out [H, D], or TRANSPOSED [D, H], two of every four tokens being kept for each feature: the gradient of a weight. Features
+// whose slot is not negative get that row of `exact` instead.
 
 #include "tiles.cuh"
 
@@ -10,6 +11,8 @@ struct SparseMM {
   const uint4* metadata;
   const u16* bias;
   u16* out;
+  const u16* exact;
+  const int* slots;
   const Shape& shape;
 
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
@@ -45,6 +48,8 @@ struct SparseMM {
     if (TRANSPOSED) return store_transposed(d, tile);
     const Place place = place_of(tile);
     u16* line = out + (i64)place.row * shape.columns + place.column;
+    int slot[2] = {-1, -1};
+    if (A_MN && place.row < shape.tokens) slot[0] = __ldg(slots + place.row), slot[1] = __ldg(slots + place.row + 8);
 #pragma unroll
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
       const int column = RUN / 8 * i;
@@ -61,7 +66,31 @@ struct SparseMM {
         }
         if (B_MN) exchange(words);
         if (place.row + 8 * half >= shape.tokens) continue;
-        store_four(line + 8 * half * (i64)shape.columns + column, make_uint4(words[0], words[1], words[2], words[3]));
+        uint4 eight = make_uint4(words[0], words[1], words[2], words[3]);
+        if (slot[half] >= 0) eight = __ldg((const uint4*)(exact + (i64)slot[half] * shape.columns + place.column + column));
+        store_four(line + 8 * half * (i64)shape.columns + column, eight);
+      }
+    }
+  }
+
+  // Of eight rows.
+  __device__ __forceinline__ bool any_slot(int first) const {
+    const int4 low = __ldg((const int4*)(slots + first)), high = __ldg((const int4*)(slots + first + 4));
+    return (low.x & low.y & low.z & low.w & high.x & high.y & high.z & high.w) >= 0;
+  }
+
+  // Words of eight rows of `column` and, each two further on, of the eighth column after it: see below.
+  __device__ __forceinline__ void replace(u32 (&words)[8], int first, int column) const {
+#pragma unroll
+    for (int row = 0; row < 8; ++row) {
+      const int slot = __ldg(slots + first + row);
+      if (slot < 0) continue;
+      const u16* from = exact + (i64)slot * shape.columns + column;
+#pragma unroll
+      for (int other = 0; other < 2; ++other) {
+        u32& word = words[row / 4 * 4 + row / 2 % 2 + 2 * other];
+        const u32 value = __ldg(from + 8 * other);
+        word = row % 2 ? (word & 0xFFFF) | value << 16 : (word & 0xFFFF0000) | value;
       }
     }
   }
@@ -70,7 +99,9 @@ struct SparseMM {
   __device__ __forceinline__ void store_transposed(const float (&d)[TILE_N / 2], const Tile& tile) const {
     const int thread = thread_index(), row = tile.row + thread / 32 * 16, q = thread % 4;
     if (row >= shape.tokens) return;
-    u16* line = out + (i64)(tile.column + q / 2 * 16 + thread % 32 / 4) * shape.tokens + row + q % 2 * 8;
+    const int first = row + q % 2 * 8, column = tile.column + q / 2 * 16 + thread % 32 / 4;
+    u16* line = out + (i64)column * shape.tokens + first;
+    const bool replaced = any_slot(first);
 #pragma unroll
     for (int i = 0; i < TILE_N / 4; i += 8) {  // 32 of a warp's columns
       if (tile.column + 4 * i >= shape.columns) return;
@@ -85,6 +116,7 @@ struct SparseMM {
       }
       // Threads 0 and 2 of a quad get the upper eight rows, 1 and 3 the lower, of two columns each.
       swap_words(words, 1, 1), swap_words(words, 2, 4);
+      if (replaced) replace(words, first, column + 4 * i);
       u16* to = line + 4 * i * (i64)shape.tokens;
       store_four(to, make_uint4(words[0], words[1], words[4], words[5]));
       store_four(to + 8 * (i64)shape.tokens, make_uint4(words[2], words[3], words[6], words[7]));
@@ -94,6 +126,7 @@ struct SparseMM {
 
 MATMUL sparse_mm(const __grid_constant__ TensorMap packed_map, const __grid_constant__ TensorMap lower_map,
                  const __grid_constant__ TensorMap weight_map, const uint4* __restrict__ metadata, const u16* __restrict__ bias,
-                 u16* __restrict__ out, const __grid_constant__ Shape shape) {
-  walk(SparseMM{packed_map, lower_map, weight_map, metadata, bias, out, shape}, shape);
+                 u16* __restrict__ out, const u16* __restrict__ exact, const int* __restrict__ slots,
+                 const __grid_constant__ Shape shape) {
+  walk(SparseMM{packed_map, lower_map, weight_map, metadata, bias, out, exact, slots, shape}, shape);
 }
