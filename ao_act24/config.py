@@ -19,11 +19,12 @@ class Act24Config:
 
     Attributes:
         emulate: run 2:4 also where it has no fast kernel (through the reference implementation, which computes what a
-            kernel would), where it is slower than dense, and in training: for studying accuracy, not for speed. The
-            CPU always runs the reference.
+            kernel would), and where it is slower than dense: for studying accuracy, not for speed. The CPU always runs
+            the reference.
         weight_grads: how training computes the gradients of both weights. "dense": exactly. "sparse": in 2:4 along
-            tokens but for the features that fire most, which is approximate (``ao_act24.autograd`` says how). Takes
-            effect under ``torch.compile``; a site that cannot be done in one operator stays exact.
+            tokens but for the features that fire most, which is approximate (``ao_act24.autograd`` says how), where
+            that is faster (``ao_act24.when``). Takes effect under ``torch.compile``; a site that cannot be done in one
+            operator stays exact.
     """
 
     emulate: bool = False

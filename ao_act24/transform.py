@@ -243,6 +243,8 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
     for path, transposed in generated.weights.items():
         weight = attribute(module, path).t() if transposed else attribute(module, path)
         training = torch.is_grad_enabled() and (weight.requires_grad or inputs[0].requires_grad)
+        if training and device.type == "cuda" and not generated.config.emulate:
+            return 'only torch.compile(model, backend="ao_act24") makes training faster: dense here'
         dtype = _dtype(device, weight)
         model_dim, hidden_dim = weight.shape
         size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), training)

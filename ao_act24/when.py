@@ -29,6 +29,22 @@ Multiplied, they are 1.24 and more: so 2:4 is no slower wherever ``waste`` is up
 is, for any number of tokens; below, for some. (Seen in two runs of 2026-11-25. ``benchmarks/results/hopper.json`` is of
 an earlier rule, which did not know of waste: 2:4 from 2**35 multiplications on.)
 
+In training, forward and backward, over the same (``--only training`` and, marked *, seen), gradients of weights exact
+or in 2:4 along tokens::
+
+    T x D x H                   waste    exact   sparse
+    16384 x 2048 x  8192         1.03     1.11     1.19
+     8192 x 4096 x 16384         1.03     1.12     1.23
+    32768 x 4096 x 16384         1.01     1.14     1.28
+     2048 x 4096 x 16384         1.07     1.05     1.10  *
+     4096 x 2048 x  8192         1.07     1.05     0.91  *
+    16384 x 1024 x  4096         1.04     1.06     0.78  *
+    16384 x  768 x  3072         1.03     1.03     0.63  *
+     4096 x 1024 x  4096         1.07     1.00     0.68  *
+
+Where the sparse ones lose, it is by launching: some 20 kernels more, one FFN at a time. So they run from 2**37
+multiplications on, exact ones below. More uneven sizes were not measured in training: it stays dense above 1.1.
+
 Called one by one, without a graph, 2:4 is no slower at the small sizes either: launching binds, and takes less time.
 Fewer than 1024 tokens bind both matmuls to reading the weights, which 2:4 activations do not make smaller. Other Hopper
 cards, with less power or memory bandwidth for dense and 2:4 alike, were not measured.
@@ -42,6 +58,8 @@ from ao_act24.phases import PHASE
 MIN_TOKENS = 1024
 MIN_DIM = 768  # of both: smaller ones were not measured; at few columns a tile's end is as long as its stages
 MAX_WASTE = 1.22
+MAX_TRAINING_WASTE = 1.1
+MIN_SPARSE_GRADS = 2**37  # tokens * model_dim * hidden_dim
 CLUSTERS = 66  # of an H100 or H200 (SXM)
 
 
@@ -70,8 +88,6 @@ def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[
 
 
 def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # type: ignore[no-untyped-def]
-    if training:
-        return "2:4 is not fast enough in training yet: training stays dense"
     for name, size, factor in (("hidden_dim", hidden_dim, 64), ("model_dim", model_dim, 64)):
         if size is not None and size % factor:
             return f"the 2:4 kernels take {name} divisible by {factor}, got {size}"
@@ -83,22 +99,32 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # typ
         return f"2:4 pays from model_dim and hidden_dim {MIN_DIM} on, got {model_dim} and {hidden_dim}"
     if tokens is None:
         return ""
-    least = least_tokens(int(model_dim), int(hidden_dim))
+    most = MAX_TRAINING_WASTE if training else MAX_WASTE
+    least = least_tokens(int(model_dim), int(hidden_dim), most)
     if tokens >= least:
         return ""
+    some_fewer = ""
     if isinstance(tokens, int) and tokens >= MIN_TOKENS:  # one graph for each number of tokens
-        if waste(tokens, model_dim, hidden_dim) <= MAX_WASTE:
+        if waste(tokens, model_dim, hidden_dim) <= most:
             return ""
-        return f"2:4 pays from {least} tokens on at this size, and at some fewer, got {tokens}: dense is faster here"
-    return f"2:4 pays from {least} tokens on at this size, got {tokens}: dense is faster here"
+        some_fewer = ", and at some fewer"
+    return f"2:4 pays from {least} tokens on at this size{some_fewer}, got {tokens}: dense is faster here"
+
+
+def sparse_grads_pay(device, tokens, model_dim, hidden_dim) -> bool:  # type: ignore[no-untyped-def]
+    """Whether gradients of weights in 2:4 along tokens are faster than exact ones, in an FFN that runs in 2:4."""
+    if device.type in ("cpu", "meta"):
+        return True
+    waste = schedule.waste(int(hidden_dim), int(model_dim), CLUSTERS)
+    return waste <= MAX_WASTE and bool(tokens * model_dim * hidden_dim >= MIN_SPARSE_GRADS)
 
 
 @functools.cache
-def least_tokens(model_dim: int, hidden_dim: int) -> int:
+def least_tokens(model_dim: int, hidden_dim: int, most_waste: float = MAX_WASTE) -> int:
     """From how many tokens on 2:4 pays, whatever their number."""
     step = schedule.TILE_ROWS * schedule.CLUSTER // 3  # most is lost one token beyond whole ones
     counts = range(2**16 + 1, MIN_TOKENS, -step)
-    uneven = (tokens + step for tokens in counts if waste(tokens, model_dim, hidden_dim) > MAX_WASTE)
+    uneven = (tokens + step for tokens in counts if waste(tokens, model_dim, hidden_dim) > most_waste)
     return next(uneven, MIN_TOKENS)
 
 

@@ -259,7 +259,7 @@ def whole_ffn(quick: bool, meter: Meter) -> Iterator[list[Row]]:
 def training(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The FFN forward and backward, and the backward alone, with both ways to compute the gradients of weights.
 
-    2:4 is forced, for the rule keeps training dense. The backward alone is what both take beyond the forward, in each
+    2:4 is forced. The backward alone is what both take beyond the forward, in each
     round: compiled graphs may overwrite what they saved, so that no backward can run twice.
     """
     for shape in TRAINING_SHAPES[:1] if quick else TRAINING_SHAPES:

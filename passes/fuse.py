@@ -13,12 +13,15 @@ In inference, where there is a kernel for it: the hidden activation never goes t
 
 In training: the gradient by the hidden activation stays packed, from one matmul to the next ::
 
-    out, _, _        = ao_act24.relu2_ffn(x, W1, b1, W2, b2, weight_grads == "sparse")
+    out, _, _        = ao_act24.relu2_ffn(x, W1, b1, W2, b2, weight_grads == "sparse", where that pays)
 
-Only where nobody else needs what is between.
+Only where nobody else needs what is between. ``why_apart`` says so of a site before it is rewritten: in training the
+separate operators are slower than dense on a GPU.
 """
 
+import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -27,8 +30,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ao_act24 import ops
 from ao_act24.config import Act24Config
 from ao_act24.fingerprint import source_digest
-from ao_act24.when import why_not_fused
+from ao_act24.when import sparse_grads_pay, why_not_fused
 
+from .find import Site
 from .rewrite import Emitter, parameters
 from .vocabulary import Linear, argument, as_linear, is_our_op, mutates, nodes_between, op_name, same_size, value
 
@@ -58,10 +62,8 @@ def _fuse_for_training(pair: Node, up: Linear, config: Act24Config) -> None:
     if set(items[0].users) | set(items[1].users) != {down} or not is_our_op(down, "sparse_mm"):
         return
     weight, bias = argument(down, 2, "weight"), argument(down, 3, "bias")
-    if not _alike(down, weight, bias, cast=True) or not _alike(up.node, up.input, up.weight, up.bias, cast=True):
+    if _why_apart(up, down, weight, bias, nodes_between(up.node, down)):
         return
-    if value(up.node).dtype != value(down).dtype or not all(map(_harmless, nodes_between(up.node, down))):
-        return  # the first matmul would run later, where its operands or autocast may be others
     emit = Emitter(down)
 
     def cast(node: Any) -> Any:  # as autocast does
@@ -69,12 +71,44 @@ def _fuse_for_training(pair: Node, up: Linear, config: Act24Config) -> None:
         return node if node is None or value(node).dtype == dtype else emit.method("to", node, dtype)
 
     first = (cast(tensor) for tensor in (up.input, *parameters(emit, up)))
-    arguments = (*first, cast(weight), cast(bias), config.weight_grads == "sparse")
+    h, rows = value(up.node), value(weight).shape[0]
+    sparse = config.weight_grads == "sparse" and (
+        config.emulate or sparse_grads_pay(h.device, math.prod(h.shape[:-1]), rows, h.shape[-1])
+    )
+    arguments = (*first, cast(weight), cast(bias), sparse)
     ffn = emit.call(ops.relu2_ffn.default, *arguments, name=f"relu2_ffn_{source_digest()[:8]}")
     out = emit.call(operator.getitem, ffn, 0)
     down.replace_all_uses_with(out)
     for node in (down, items[0], items[1], pair, up.node):
         pair.graph.erase_node(node)
+
+
+def why_apart(site: Site) -> str:
+    """Why both matmuls of a site, before it is rewritten, will not be one operator in training; empty if they will."""
+    assert site.relu2 is not None and site.down is not None
+    up, relu2, down = site.up, site.relu2, site.down
+    steps = [step.node.name for step in relu2.before_square + relu2.after_square if step.kind != "identity"]
+    if up is None or relu2.h is not up.node:
+        return "something stands between the up projection and ReLU²"
+    if steps:
+        return f"{steps[0]} stands between ReLU² and the down projection"
+    if set(up.node.users) - relu2.inside:
+        return "the pre-activation is also used elsewhere"
+    between = [node for node in nodes_between(up.node, down.node) if node not in relu2.inside]
+    return _why_apart(up, down.node, down.weight, down.bias, between)
+
+
+def _why_apart(up: Linear, down: Node, weight: Any, bias: Any, between: Iterable[Node]) -> str:
+    if not _plain(up):
+        return "the up projection's operands are not known from the graph"
+    if not _alike(down, weight, bias, cast=True) or not _alike(up.node, up.input, up.weight, up.bias, cast=True):
+        return "an operand of the two projections is on another device, or no plain tensor"
+    if value(up.node).dtype != value(down).dtype:
+        return f"the two projections run in {value(up.node).dtype} and {value(down).dtype}"
+    for node in between:  # the first matmul would run later, where its operands or autocast may be others
+        if not _harmless(node):
+            return f"{op_name(node) or node.name} stands between the two projections"
+    return ""
 
 
 def _harmless(node: Node) -> bool:

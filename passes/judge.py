@@ -10,6 +10,7 @@ from ao_act24.ops import DTYPES
 from ao_act24.when import why_dense
 
 from .find import Site
+from .fuse import why_apart
 from .rewrite import narrow_source
 from .vocabulary import cast_dtype, same_size, submodule, value, weight_origin
 
@@ -53,7 +54,11 @@ def judge(site: Site, config: Act24Config) -> str:
     in_rows = weight is None or (weight.t() if transposed else weight).is_contiguous()
     training = h is not None and h.requires_grad
     size = (tokens, model_dim, hidden_dim, in_rows, training)
-    return next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), "")
+    if reason := next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), ""):
+        return reason
+    if training and like.is_cuda and not config.emulate and (apart := why_apart(site)):
+        return f"{apart}: in training only both projections in one operator are faster than dense"
+    return ""
 
 
 def down_weight(site: Site) -> tuple[Any, bool]:

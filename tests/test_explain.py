@@ -192,47 +192,6 @@ def test_a_hidden_size_that_four_does_not_divide():
     assert not verdict.rewritten and "divisible by 4, got 34" in verdict.reason
 
 
-def test_where_there_is_no_kernel_or_none_that_pays_it_stays_dense(monkeypatch):
-    from ao_act24.kernels import cuda
-    from ao_act24.when import why_dense
-
-    config, sizes = ao_act24.Act24Config(), (torch.bfloat16, 8192, 4096, 16384, True, False)
-    monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
-    gpu = torch.device("cuda", 0)
-    assert why_dense(torch.device("cpu"), *sizes, config) == "" == why_dense(gpu, *sizes, config)
-    assert "no 2:4 kernel for mps" in why_dense(torch.device("mps"), *sizes, config)
-    for changed, reason in (
-        ((torch.float32, 8192, 4096, 16384, True, False), "take bfloat16 and float16, got torch.float32"),
-        ((torch.bfloat16, 16, 4096, 16384, True, False), "pays from 1665 tokens on at this size, got 16"),
-        ((torch.bfloat16, 8192, 4, 16384, True, False), "model_dim divisible by 64, got 4"),
-        (
-            (torch.bfloat16, 2049, 2048, 8192, True, False),
-            "from 3201 tokens on at this size, and at some fewer, got 2049",
-        ),
-        (
-            (torch.bfloat16, 65536, 576, 2304, True, False),
-            "pays from model_dim and hidden_dim 768 on, got 576 and 2304",
-        ),
-        ((torch.bfloat16, 8192, 4096, 16384, False, False), "stored [hidden_dim, model_dim]"),
-        ((torch.bfloat16, 8192, 4096, 16388, True, False), "hidden_dim divisible by 64, got 16388"),
-        ((torch.bfloat16, None, 4096, None, True, True), "training stays dense"),
-    ):
-        assert reason in why_dense(gpu, *changed, config)
-        assert why_dense(gpu, *changed, ao_act24.Act24Config(emulate=True)) == ""
-
-
-@pytest.mark.parametrize("size", [(768, 3072), (2048, 8192), (2304, 13824), (4096, 8192)], ids=str)
-def test_the_rule_keeps_to_what_the_schedule_wastes(size):
-    from ao_act24 import when
-
-    least = when.least_tokens(*size)
-    assert all(when.waste(tokens, *size) <= when.MAX_WASTE for tokens in range(least, 2**16, 61))
-    assert when.waste(least - 128, *size) > when.MAX_WASTE  # a tile of fewer rows before
-    answers = {tokens: when._why_slower(tokens, *size, True, False) for tokens in range(when.MIN_TOKENS, least, 13)}
-    assert {why == "" for why in answers.values()} == {True, False}  # some of the fewer are even
-    assert all((why == "") == (when.waste(tokens, *size) <= when.MAX_WASTE) for tokens, why in answers.items())
-
-
 def test_measure_equals_what_it_defines(tmp_path):
     model, x = Model().eval(), torch.randn(200, 16)
     result = ao_act24.measure(model, x, loss=lambda out: out.square().mean())

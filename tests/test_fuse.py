@@ -9,6 +9,9 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from ao_act24 import Act24Config
 from ao_act24.passes import examine, fuse, rewrite_graph
+from ao_act24.passes.find import find_sites
+from ao_act24.passes.fuse import why_apart
+from ao_act24.passes.vocabulary import value
 
 X, W1, B1, W2 = torch.randn(2, 6, 16), torch.randn(64, 16), torch.randn(64), torch.randn(16, 64)
 UNFUSED, FUSED = ["linear", "relu2_sparsify", "sparse_mm"], ["linear_relu2_sparsify", "sparse_mm"]
@@ -24,6 +27,8 @@ def run(function, *inputs):
     seen = []
 
     def backend(gm, example_inputs):
+        sites = [site for site in find_sites(gm.graph) if not site.rewritten and value(site.relu2.h).requires_grad]
+        apart = [why_apart(site) for site in sites]
         rewrite_graph(gm.graph, Act24Config())
         fuse(gm.graph, Act24Config())
         gm.graph.lint()
@@ -31,6 +36,7 @@ def run(function, *inputs):
         names = [getattr(node.target, "__name__", str(node.target)) for node in gm.graph.nodes]
         seen.extend(name.split(".")[0].removeprefix("ao_act24::") for name in names)
         assert [verdict.rewritten for _, verdict in examine(gm, Act24Config())] == [True]
+        assert not sites or ("relu2_ffn" in seen) == (apart == [""]), "said before it is rewritten"
         return gm.forward
 
     torch._dynamo.reset()

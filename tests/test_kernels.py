@@ -526,20 +526,19 @@ def test_a_model_uses_them_where_they_pay(way, monkeypatch):
         ao_act24.sparsify_(mlp)
     if way != "sparsify_":
         run = torch.compile(mlp, backend="ao_act24" if way == "backend" else "inductor", fullgraph=True)
-    least = when.least_tokens(2048, 8192)
+    least = when.least_tokens(2048, 8192, when.MAX_TRAINING_WASTE)
     many, few = random(least, 2048), random(2049, 2048)
     with torch.no_grad():
         sparse, dense = outputs(eager, many)
         got = run(many)
         assert (got - sparse).norm() < 0.2 * (dense - sparse).norm()
         torch.testing.assert_close(run(few), eager(few), rtol=2e-2, atol=2e-2)
-    out = run(many)  # the rule keeps training dense
-    torch.testing.assert_close(out, eager(many), rtol=2e-2, atol=2e-2)
+    out = run(many)
     out.sum().backward()
     if way == "backend":
-        (verdict,) = ao_act24.explain(eager, many)
-        assert "training stays dense" in verdict.reason
+        assert (out - sparse).norm() < 0.2 * (dense - sparse).norm() and ao_act24.explain(eager, many).rewritten
         with torch.no_grad():
-            assert ao_act24.explain(eager, many).rewritten
             (verdict,) = ao_act24.explain(eager, few)
-        assert f"from {least} tokens on" in verdict.reason
+        assert "and at some fewer, got 2049" in verdict.reason
+    else:  # training is faster in one operator only, which no module makes
+        torch.testing.assert_close(out, eager(many), rtol=2e-2, atol=2e-2)
