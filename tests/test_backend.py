@@ -243,7 +243,10 @@ def test_caches_across_processes(way, tmp_path):
     if way == "backend":
         assert go('"act24": __import__("ao_act24").Act24Config(emulate=True)') == (0, norm)
     source = tmp_path / "ao_act24" / "autograd.py"
-    doubling = {"(packed.sqrt() * 2)": "(packed.sqrt() * 4)", "grad_up = _matmul": "grad_up = 2 * _matmul"}
+    doubling = {
+        "(packed.sqrt() * 2)": "(packed.sqrt() * 4)",
+        "_matmul_weight_grad(dense, x) if up": "2 * _matmul_weight_grad(dense, x) if up",
+    }
     text = source.read_text()
     for old, new in doubling.items():
         assert old in text
