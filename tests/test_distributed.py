@@ -1,4 +1,4 @@
-"""Training on two processes: DDP and FSDP2 over gloo, against one process with all of the data."""
+"""Training on two processes: DDP and FSDP2 over gloo, against one process with all of the data; and the schedule."""
 
 import pytest
 import torch
@@ -29,6 +29,15 @@ def gradients(ffns):
     return {name: parameter.grad for name, parameter in ffns.named_parameters()}
 
 
+def our_operators(run, ffns, rank):
+    """Of a step, after one that compiles, which records operators too."""
+    for _ in range(2):
+        ffns.zero_grad()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss(run(data()[rank])).backward()
+    return [event.name for event in profile.events() if event.name.startswith("ao_act24")]
+
+
 def train(rank, directory, way, weight_grads):
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     ffns, backend = model(), ao_act24.Act24Backend(Act24Config(weight_grads=weight_grads))
@@ -44,12 +53,10 @@ def train(rank, directory, way, weight_grads):
     else:
         torch._dynamo.config.optimize_ddp = False
         run = torch.compile(nn.parallel.DistributedDataParallel(ffns), backend=backend)
-    loss(run(data()[rank])).backward()  # compiles, which records operators too
-    ffns.zero_grad()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        loss(run(data()[rank])).backward()
-    names = [event.name for event in profile.events()]
-    ours = [name for name in names if name.startswith("ao_act24")]
+    schedule = ao_act24.Schedule(warmup_steps=1)
+    assert not our_operators(run, ffns, rank), "the first step is dense"
+    schedule.step()
+    ours = our_operators(run, ffns, rank)
     assert ours.count("ao_act24::grad_hidden") == 2 and "ao_act24::relu2_ffn" in ours, ours
     found = {name: g.full_tensor() if way == "fsdp2" else g for name, g in gradients(ffns).items()}
     if rank == 0:

@@ -130,6 +130,17 @@ def test_the_split_on_dense_features():
     assert relative_error(ops.feature_wise_mm(wise, codes, left, dense, nothing, no_slots, True, True), exact) > 0.2
 
 
+def test_when_every_feature_always_fires():
+    """More than the split holds: half of the rest is lost, which is no longer the gradient but still near its direction."""
+    inputs = operands(tokens=64, shift=20.0)
+    grad = torch.randn(64, D, dtype=F64)
+    exact, got = (gradients(lambda *a, how=how: ops.relu2_ffn(*a, how)[0], inputs, grad) for how in (False, True))
+    assert all(torch.equal(got[i], exact[i]) for i in (0, 4)) and relative_error(got[2], exact[2]) < 1e-12
+    for i in (1, 3):
+        assert relative_error(got[i], exact[i]) > 0.1
+        assert F.cosine_similarity(got[i].flatten(), exact[i].flatten(), dim=0) > 0.6
+
+
 @pytest.mark.parametrize("feature_wise", [False, True])
 def test_zeros_and_nan(feature_wise):
     inputs = operands(shift=-100.0)
