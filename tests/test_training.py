@@ -131,7 +131,7 @@ def test_the_split_on_dense_features():
 
 
 def test_when_every_feature_always_fires():
-    """More than the split holds: half of the rest is lost, which is no longer the gradient but still near its direction."""
+    """More than the split holds: of the rest half is lost. What comes out still points the same way."""
     inputs = operands(tokens=64, shift=20.0)
     grad = torch.randn(64, D, dtype=F64)
     exact, got = (gradients(lambda *a, how=how: ops.relu2_ffn(*a, how)[0], inputs, grad) for how in (False, True))
