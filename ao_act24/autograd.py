@@ -103,9 +103,7 @@ def _relu2_ffn_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None
     need_x, need_up, need_up_bias, need_down, need_down_bias, _ = ctx.needs_input_grad
     hidden: Any = ops.grad_hidden(grad, down, packed, metadata) if need_x or need_up or need_up_bias else None
     weight_grads = _feature_wise_grads if ctx.feature_wise else _exact_grads
-    grad_up, grad_up_bias, grad_down = weight_grads(
-        _rows(x), _rows(grad), hidden, packed, metadata, need_up, need_up_bias, need_down
-    )
+    grad_up, grad_up_bias, grad_down = weight_grads(x, grad, hidden, packed, metadata, need_up, need_up_bias, need_down)
     return (
         ops.sparse_mm(hidden, metadata, up.t()) if need_x else None,
         grad_up,
@@ -140,12 +138,12 @@ def _feature_wise_grads(
     densest, slots = ops.densest(counts, how_many_densest(counts.shape[0]))
     if down:
         exact = _matmul_weight_grad(ops.columns(packed, metadata, densest), grad)
-        grad_down = ops.feature_wise_mm(wise, codes, left, grad, exact, slots, PERMUTED, True)
+        grad_down = ops.feature_wise_mm(wise, codes, left, _rows(grad), exact, slots, PERMUTED, True)
     if up or up_bias:
         wise, codes, sums, left = ops.feature_wise(hidden, metadata, PERMUTED, False)
     if up:
         exact = _matmul_weight_grad(ops.columns(hidden, metadata, densest), x)
-        grad_up = ops.feature_wise_mm(wise, codes, left, x, exact, slots, PERMUTED, False)
+        grad_up = ops.feature_wise_mm(wise, codes, left, _rows(x), exact, slots, PERMUTED, False)
     return grad_up, sums if up_bias else None, grad_down
 
 

@@ -18,7 +18,7 @@ def test_quickstart(tmp_path):
     small = code.replace("128, 4, 4, 128, 8, 300", "32, 2, 2, 32, 4, 3")
     assert small != code
     out = run(small, tmp_path)
-    assert "2 of 2 FFN-like sites run in 2:4" in out and "ao_act24.sparse_mm" in out and "non-zeros dropped" in out
+    assert "2 of 2 FFN-like sites run in 2:4" in out and "ao_act24.sparse_mm" in out and "model output error" in out
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
 
 
