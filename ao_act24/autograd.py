@@ -43,7 +43,7 @@ def _matmul_weight_grad(grad: Tensor, dense: Tensor) -> Tensor:
 
 
 def _rows(tokens: Tensor) -> Tensor:
-    return tokens.reshape(-1, tokens.shape[-1])
+    return tokens.reshape(math.prod(tokens.shape[:-1]), tokens.shape[-1])  # of no features, too
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -30,7 +30,7 @@ from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
 from ao_act24.passes.vocabulary import is_our_op
 from ao_act24.phases import ignored
 from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
-from ao_act24.when import why_dense
+from ao_act24.when import MIN_DIM, least_tokens, why_dense
 
 _Forward = Callable[..., Any]
 
@@ -124,6 +124,7 @@ class _Generated:
     inlined: list[tuple[str, type[nn.Module]]]  # submodules whose code was traced, and so is not called any more
     biased: set[str]  # the linear layers among them that have a bias
     weights: dict[str, bool]  # what sparse_mm multiplies by, and whether it is [hidden_dim, model_dim]
+    least: dict[str, int]  # of these weights, the tokens from which on 2:4 pays: Dynamo would trace how it is found
     config: Act24Config
 
 
@@ -159,7 +160,10 @@ def _generate(
             if weight.op == "get_attr":
                 weights[str(weight.target)] = transposed
     biased = {name for name, _ in inlined if getattr(module.get_submodule(name), "bias", None) is not None}
-    return _Generated(namespace["forward"], inlined, biased, weights, config)
+    shapes = {name: attribute(module, name).shape for name in weights}
+    sizes = {name: shape[::-1] if weights[name] else shape for name, shape in shapes.items()}
+    least = {name: least_tokens(*size) if min(size) >= MIN_DIM else 0 for name, size in sizes.items()}
+    return _Generated(namespace["forward"], inlined, biased, weights, least, config)
 
 
 def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generated | None) -> _Forward:
@@ -248,6 +252,6 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
         dtype = _dtype(device, weight)
         model_dim, hidden_dim = weight.shape
         size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), training)
-        if reason := why_dense(device, dtype, *size, generated.config):
+        if reason := why_dense(device, dtype, *size, generated.config, generated.least[path]):
             return reason
     return ""

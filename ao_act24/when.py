@@ -34,7 +34,7 @@ or in 2:4 along tokens::
 
     T x D x H                   waste    exact   sparse
     16384 x 2048 x  8192         1.03     1.11     1.19
-     8192 x 4096 x 16384         1.03     1.12     1.23
+     8192 x 4096 x 16384         1.03     1.12     1.22
     32768 x 4096 x 16384         1.01     1.14     1.28
      2048 x 4096 x 16384         1.07     1.05     1.10  *
      4096 x 2048 x  8192         1.07     1.05     0.91  *
@@ -43,7 +43,7 @@ or in 2:4 along tokens::
      4096 x 1024 x  4096         1.07     1.00     0.68  *
 
 Where the sparse ones lose, it is by launching: some 20 kernels more, one FFN at a time. So they run from 2**37
-multiplications on, exact ones below. More uneven sizes were not measured in training: it stays dense above 1.1.
+multiplications on, exact ones below. More uneven sizes were not measured in training: it stays dense above 1.06.
 
 Called one by one, without a graph, 2:4 is no slower at the small sizes either: launching binds, and takes less time.
 Fewer than 1024 tokens bind both matmuls to reading the weights, which 2:4 activations do not make smaller. Other Hopper
@@ -52,21 +52,25 @@ cards, with less power or memory bandwidth for dense and 2:4 alike, were not mea
 
 import functools
 
+import torch
+
 from ao_act24.kernels import cuda, schedule
 from ao_act24.phases import PHASE
 
 MIN_TOKENS = 1024
 MIN_DIM = 768  # of both: smaller ones were not measured; at few columns a tile's end is as long as its stages
 MAX_WASTE = 1.22
-MAX_TRAINING_WASTE = 1.1
+MAX_TRAINING_WASTE = 1.06
+NEVER = 2**60
 MIN_SPARSE_GRADS = 2**37  # tokens * model_dim * hidden_dim
 CLUSTERS = 66  # of an H100 or H200 (SXM)
 
 
-def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, config) -> str:  # type: ignore[no-untyped-def]
+def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, config, least=None) -> str:  # type: ignore[no-untyped-def]
     """Why an FFN of this size stays dense; empty if it runs in 2:4. A size (int or SymInt) may be None: not known yet.
 
-    ``in_rows``: the down projection's weight lies in memory as ``[model_dim, hidden_dim]``, row after row.
+    ``in_rows``: the down projection's weight lies in memory as ``[model_dim, hidden_dim]``, row after row. ``least``:
+    ``least_tokens``, where it is known.
 
     The CPU always runs the reference; so does all with ``emulate``. Comparing a SymInt installs a guard: one model then
     owns a dense and a 2:4 graph.
@@ -75,7 +79,7 @@ def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, c
         return "the schedule has a dense phase now"
     if device.type in ("cpu", "meta") or config.emulate:
         return ""
-    reason = cuda.why_not(device, dtype) or _why_slower(tokens, model_dim, hidden_dim, in_rows, training)
+    reason = cuda.why_not(device, dtype) or _why_slower(tokens, model_dim, hidden_dim, in_rows, training, least)
     return reason and f"{reason} (Act24Config(emulate=True) runs 2:4 all the same)"
 
 
@@ -87,7 +91,7 @@ def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[
     return cuda.why_not(device, dtype)
 
 
-def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # type: ignore[no-untyped-def]
+def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, least=None) -> str:  # type: ignore[no-untyped-def]
     for name, size, factor in (("hidden_dim", hidden_dim, 64), ("model_dim", model_dim, 64)):
         if size is not None and size % factor:
             return f"the 2:4 kernels take {name} divisible by {factor}, got {size}"
@@ -100,14 +104,18 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training) -> str:  # typ
     if tokens is None:
         return ""
     most = MAX_TRAINING_WASTE if training else MAX_WASTE
-    least = least_tokens(int(model_dim), int(hidden_dim), most)
+    if least is None:
+        least = least_tokens(int(model_dim), int(hidden_dim), most)
     if tokens >= least:
         return ""
     some_fewer = ""
-    if isinstance(tokens, int) and tokens >= MIN_TOKENS:  # one graph for each number of tokens
-        if waste(tokens, model_dim, hidden_dim) <= most:
+    # One graph for each number of tokens. Dynamo, where it traces this, takes a SymInt for an int.
+    if not torch.compiler.is_compiling() and isinstance(tokens, int) and tokens >= MIN_TOKENS:
+        if waste(tokens, int(model_dim), int(hidden_dim)) <= most:
             return ""
         some_fewer = ", and at some fewer"
+    if least == NEVER:
+        return f"2:4 pays at few numbers of tokens at this size, got {tokens}: dense is faster here"
     return f"2:4 pays from {least} tokens on at this size{some_fewer}, got {tokens}: dense is faster here"
 
 
@@ -119,15 +127,18 @@ def sparse_grads_pay(device, tokens, model_dim, hidden_dim) -> bool:  # type: ig
     return waste <= MAX_WASTE and bool(tokens * model_dim * hidden_dim >= MIN_SPARSE_GRADS)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def least_tokens(model_dim: int, hidden_dim: int, most_waste: float = MAX_WASTE) -> int:
-    """From how many tokens on 2:4 pays, whatever their number."""
+    """From how many tokens on 2:4 pays, whatever their number; ``NEVER`` where from none."""
     step = schedule.TILE_ROWS * schedule.CLUSTER // 3  # most is lost one token beyond whole ones
     counts = range(2**16 + 1, MIN_TOKENS, -step)
+    if waste(counts[0], model_dim, hidden_dim) > most_waste:
+        return NEVER
     uneven = (tokens + step for tokens in counts if waste(tokens, model_dim, hidden_dim) > most_waste)
     return next(uneven, MIN_TOKENS)
 
 
+@functools.lru_cache(maxsize=1024)
 def waste(tokens: int, model_dim: int, hidden_dim: int) -> float:
     """Of both matmuls, of which the dense one takes twice as long."""
     first, second = (schedule.waste(tokens, columns, CLUSTERS) for columns in (hidden_dim, model_dim))

@@ -95,7 +95,7 @@ forward(
     down.weight: f32[16, 32],
 ):
     out, packed, metadata = ao_act24.relu2_ffn(arg0, up.weight, None, down.weight, None, False)  # f32[4, 16], f32[4, 16], u8[16, 32]
-    view = aten.view(arg0, [-1, 16])                                                             # f32[4, 16]
+    view = aten.view(arg0, [4, 16])                                                              # f32[4, 16]
     return (out, down.weight, packed, metadata, view)""",
         )
         self.assertExpectedInline(
@@ -110,13 +110,13 @@ backward(
 ):
     grad_hidden = ao_act24.grad_hidden(tangents_1, down.weight, packed, metadata)  # f32[4, 16]
     unpack = ao_act24.unpack(grad_hidden, metadata)                                # f32[4, 32]
-    view_1 = aten.view(unpack, [-1, 32])                                           # f32[4, 32]
+    view_1 = aten.view(unpack, [4, 32])                                            # f32[4, 32]
     t = aten.t(view_1)                                                             # f32[32, 4]
     mm = aten.mm(t, view)                                                          # f32[32, 16]
     unpack_1 = ao_act24.unpack(packed, metadata)                                   # f32[4, 32]
-    view_2 = aten.view(tangents_1, [-1, 16])                                       # f32[4, 16]
+    view_2 = aten.view(tangents_1, [4, 16])                                        # f32[4, 16]
     t_1 = aten.t(view_2)                                                           # f32[16, 4]
-    view_3 = aten.view(unpack_1, [-1, 32])                                         # f32[4, 32]
+    view_3 = aten.view(unpack_1, [4, 32])                                          # f32[4, 32]
     mm_1 = aten.mm(t_1, view_3)                                                    # f32[16, 32]
     return (mm, None, mm_1)""",
         )
@@ -148,15 +148,15 @@ backward(
 ):
     grad_hidden = ao_act24.grad_hidden(tangents_1, down.weight, packed, metadata)  # f32[4, 16]
     unpack = ao_act24.unpack(grad_hidden, metadata)                                # f32[4, 32]
-    view_1 = aten.view(unpack, [-1, 32])                                           # f32[4, 32]
+    view_1 = aten.view(unpack, [4, 32])                                            # f32[4, 32]
     t = aten.t(view_1)                                                             # f32[32, 4]
     mm = aten.mm(t, view)                                                          # f32[32, 16]
     sum = aten.sum(unpack, [0], True)                                              # f32[1, 32]
     view_2 = aten.view(sum, [32])                                                  # f32[32]
     unpack_1 = ao_act24.unpack(packed, metadata)                                   # f32[4, 32]
-    view_3 = aten.view(tangents_1, [-1, 16])                                       # f32[4, 16]
+    view_3 = aten.view(tangents_1, [4, 16])                                        # f32[4, 16]
     t_1 = aten.t(view_3)                                                           # f32[16, 4]
-    view_4 = aten.view(unpack_1, [-1, 32])                                         # f32[4, 32]
+    view_4 = aten.view(unpack_1, [4, 32])                                          # f32[4, 32]
     mm_1 = aten.mm(t_1, view_4)                                                    # f32[16, 32]
     sum_1 = aten.sum(tangents_1, [0], True)                                        # f32[1, 16]
     view_5 = aten.view(sum_1, [16])                                                # f32[16]
@@ -189,8 +189,9 @@ forward(
     down.weight: f32[16, 32],
 ):
     out, packed, metadata = ao_act24.relu2_ffn(arg0, up.weight, None, down.weight, None, False)  # f32[s0, s1, 16], f32[s0, s1, 16], u8[16*(((s0*s1 + 15)//16)), 32]
-    view = aten.view(arg0, [-1, 16])                                                             # f32[s0*s1, 16]
-    return (out, down.weight, packed, metadata, view, s0, s1)""",
+    mul = mul(s0, s1)                                                                          # SymInt
+    view = aten.view(arg0, [mul, 16])                                                            # f32[s0*s1, 16]
+    return (out, down.weight, packed, metadata, view, s0, s1, mul)""",
         )
 
     def test_checkpointed_body(self):
@@ -239,14 +240,14 @@ backward(
     packed, metadata = ao_act24.relu2_ffn(arg0, mlp.up.weight, None, mlp.down.weight, None, False)  # f32[4, 16], u8[16, 32]
     grad_hidden = ao_act24.grad_hidden(tangents_1, mlp.down.weight, packed, metadata)               # f32[4, 16]
     unpack = ao_act24.unpack(grad_hidden, metadata)                                                 # f32[4, 32]
-    view = aten.view(unpack, [-1, 32])                                                              # f32[4, 32]
+    view = aten.view(unpack, [4, 32])                                                               # f32[4, 32]
     t = aten.t(view)                                                                                # f32[32, 4]
-    view_1 = aten.view(arg0, [-1, 16])                                                              # f32[4, 16]
+    view_1 = aten.view(arg0, [4, 16])                                                               # f32[4, 16]
     mm = aten.mm(t, view_1)                                                                         # f32[32, 16]
     unpack_1 = ao_act24.unpack(packed, metadata)                                                    # f32[4, 32]
-    view_2 = aten.view(tangents_1, [-1, 16])                                                        # f32[4, 16]
+    view_2 = aten.view(tangents_1, [4, 16])                                                         # f32[4, 16]
     t_1 = aten.t(view_2)                                                                            # f32[16, 4]
-    view_3 = aten.view(unpack_1, [-1, 32])                                                          # f32[4, 32]
+    view_3 = aten.view(unpack_1, [4, 32])                                                           # f32[4, 32]
     mm_1 = aten.mm(t_1, view_3)                                                                     # f32[16, 32]
     return (None, mm, mm_1)""",
         )
@@ -266,7 +267,7 @@ forward(
     _to_copy_1 = aten._to_copy(up.weight, dtype=torch.bfloat16)                                      # bf16[32, 16]
     _to_copy_2 = aten._to_copy(down.weight, dtype=torch.bfloat16)                                    # bf16[16, 32]
     out, packed, metadata = ao_act24.relu2_ffn(_to_copy, _to_copy_1, None, _to_copy_2, None, False)  # bf16[4, 16], bf16[4, 16], u8[16, 32]
-    view = aten.view(_to_copy, [-1, 16])                                                             # bf16[4, 16]
+    view = aten.view(_to_copy, [4, 16])                                                              # bf16[4, 16]
     return (out, _to_copy_2, packed, metadata, view)""",
         )
 

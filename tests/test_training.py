@@ -83,6 +83,13 @@ def test_feature_wise(tokens, permuted, monkeypatch):
     torch.testing.assert_close(grad_up_bias, dh.sum(0))
 
 
+def test_without_a_split(monkeypatch):
+    monkeypatch.setattr(autograd, "DENSE_SHARE", 0.0)
+    inputs, grad = operands(), torch.randn(24, D, dtype=F64)
+    got = gradients(lambda *a: ops.relu2_ffn(*a, True)[0], inputs, grad)
+    assert all(g.shape == tensor.shape and g.isfinite().all() for g, tensor in zip(got, inputs))
+
+
 def test_leading_dimensions():
     inputs = operands()
     cube = [inputs[0].detach().unflatten(0, (2, 3, 4)).requires_grad_(), *inputs[1:]]

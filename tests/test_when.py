@@ -34,11 +34,22 @@ def test_where_there_is_no_kernel_or_none_that_pays_it_stays_dense(monkeypatch):
         ((torch.bfloat16, 8192, 4096, 16388, True, False), "hidden_dim divisible by 64, got 16388"),
         (
             (torch.bfloat16, 1600, 4096, 16384, True, True),
-            "from 4737 tokens on at this size, and at some fewer, got 1600",
+            "from 7297 tokens on at this size, and at some fewer, got 1600",
         ),
     ):
         assert reason in when.why_dense(gpu, *changed, config)
         assert when.why_dense(gpu, *changed, ao_act24.Act24Config(emulate=True)) == ""
+
+
+def test_a_size_that_is_never_even():
+    assert when.least_tokens(832, 832) == when.NEVER
+    assert "pays at few numbers of tokens at this size, got 70001" in when._why_slower(70001, 832, 832, True, False)
+
+
+def test_every_kernel_is_called(monkeypatch):
+    """What the dispatcher and compiled code ask of the first argument: counts are int32."""
+    monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
+    assert all(cuda.why_not(torch.device("cuda", 0), dtype) == "" for dtype in (torch.bfloat16, torch.int32))
 
 
 @pytest.mark.parametrize("size", [(768, 3072), (2048, 8192), (2304, 13824), (4096, 8192)], ids=str)
