@@ -41,7 +41,7 @@ MATMULS = {  # tokens, model_dim, hidden_dim
 }
 FIRST = {"linear_relu2_sparsify": [(3840, 584, 2112), (250, 64, 8768), (1279, 72, 3584), (200, 328, 320), (1, 8, 64)]}
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
-GRADIENTS = {"gradients": [(1283, 584, 2112), (67, 64, 192)]}  # tokens (two make no four), model_dim, hidden_dim
+GRADIENTS = {"gradients": [(1283, 576, 2112), (131, 584, 192)]}  # tokens (three make no four), model_dim, hidden_dim
 PLANTED = "planted"
 CASES = ("relu2_sparsify", *MATMULS, *FIRST, *GRADIENTS, PLANTED)
 KERNELS = (
