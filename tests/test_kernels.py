@@ -1,4 +1,4 @@
-"""On a Hopper GPU: the kernels against the reference: bits where they pack, an error budget where they multiply.
+"""On a Hopper GPU: the forward's kernels: bits of the reference where they pack, an error budget where they multiply.
 
 python -m pytest tests/test_kernels.py
 """
@@ -9,20 +9,15 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from hopper_kernels import DTYPES, ROWS, made_of, needs_hopper, poison, random, untouched
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import ao_act24
 from ao_act24 import when
-from ao_act24.kernels import cuda, layout, plans, reference, schedule
+from ao_act24.kernels import cuda, layout, reference
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-DTYPES = list(plans.ELEMENTS)
-
-
-def random(*shape, dtype=torch.bfloat16):
-    return torch.randn(*shape, device="cuda").to(dtype)
+pytestmark = needs_hopper
 
 
 def check_packing(h):
@@ -195,16 +190,6 @@ def test_operands_that_are_not_contiguous():
 
 
 def test_every_output_is_written_and_nothing_else(monkeypatch):
-    """Outputs come poisoned, with a guard behind them."""
-    guards = []
-
-    def poisoned(shape, strides, dtype):
-        count = torch.Size(shape).numel()
-        value = 0x5A if dtype == torch.uint8 else float("nan")
-        buffer = torch.full((count + 64,), value, dtype=dtype, device="cuda")
-        guards.append(buffer[count:])
-        return buffer[:count].view(shape)
-
     packed, metadata = reference.relu2_sparsify(random(8190, 512))
     weight = random(2048, 512)
     want = cuda.sparse_mm(packed, metadata, weight)
@@ -212,12 +197,11 @@ def test_every_output_is_written_and_nothing_else(monkeypatch):
     codes = reference.relu2_sparsify(h)
     x, up = random(1279, 512), random(2112, 512)
     first = cuda.linear_relu2_sparsify(x, up)
-    monkeypatch.setattr(cuda, "_empty", poisoned)
+    guards = poison(monkeypatch)
     assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
     assert all(torch.equal(*pair) for pair in zip(cuda.relu2_sparsify(h), codes))
     assert all(torch.equal(*pair) for pair in zip(cuda.linear_relu2_sparsify(x, up), first))
-    assert len(guards) == 5
-    assert all(bool((g.isnan() if g.is_floating_point() else g == 0x5A).all()) for g in guards)
+    assert len(guards) == 5 and untouched(guards)
 
 
 def test_a_negative_that_rounds_to_zero_is_a_zero():
@@ -266,19 +250,6 @@ def test_the_same_bits_every_time():
     want = cuda.sparse_mm(packed, metadata, weight)
     for _ in range(100):
         assert torch.equal(cuda.sparse_mm(packed, metadata, weight), want)
-
-
-ROWS = [(0, 1, 1), (0, 2, 2), (1, 0, 1), (1, 1, 1), (1, 2, 2), (3, 1, 2), (2, 3, 1)]  # whole, lower ones, their height
-
-
-def made_of(rows, monkeypatch, clusters=66):
-    """Tokens for which the tiles are of these rows, done by so many clusters at most."""
-    whole, lower, height = rows
-    share_out = schedule.share_out
-    monkeypatch.setattr(schedule, "_ways", lambda units, most: [rows])
-    monkeypatch.setattr(schedule, "share_out", lambda *size: share_out.__wrapped__(*size[:3], min(clusters, size[3])))
-    monkeypatch.setattr(cuda, "PLANS", plans.Plans())
-    return (3 * whole + height * lower) * 64 * schedule.CLUSTER - 5
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 66])
@@ -376,104 +347,6 @@ def test_memory_is_returned():
         cuda.sparse_mm(packed, metadata, weight)
         cuda.linear_relu2_sparsify(x, weight)
     assert torch.cuda.memory_allocated() == before
-
-
-def small_integers(*shape, dtype=torch.bfloat16, most=1):
-    return torch.randint(-most, most + 1, shape, device="cuda").to(dtype)
-
-
-# tokens, D, H; a quarter of the tokens is a multiple of four, and not
-GRADIENT_SIZES = [(1, 64, 64), (7, 64, 192), (130, 320, 512), (1283, 584, 2112), (1039, 128, 576), (4096, 256, 320)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", GRADIENT_SIZES, ids=str)
-def test_the_gradient_of_the_hidden_activation(size, dtype):
-    """Small integers: no sum is rounded."""
-    tokens, model_dim, hidden_dim = size
-    packed, metadata = reference.relu2_sparsify(small_integers(tokens, hidden_dim, dtype=dtype, most=3))
-    grad, down = small_integers(tokens, model_dim, dtype=dtype), small_integers(model_dim, hidden_dim, dtype=dtype)
-    got, want = (each.grad_hidden(grad, down, packed, metadata) for each in (cuda, reference))
-    assert torch.equal(got, want) and want.any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_root(dtype):
-    """Of every value that packed can have."""
-    every = torch.arange(0x7F80 if dtype == torch.bfloat16 else 0x7C00, device="cuda").to(torch.int16).view(dtype)
-    packed = every[: len(every) // 32 * 32].view(-1, 32)
-    metadata = reference.sparsify(torch.ones(len(packed), 64, device="cuda", dtype=dtype))[1]
-    grad, down = (torch.zeros(n, 64, device="cuda", dtype=dtype) for n in (len(packed), 64))
-    grad[:, 0] = down[0] = 1
-    got, want = (each.grad_hidden(grad, down, packed, metadata) for each in (cuda, reference))
-    assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("permuted", [True, False])
-@pytest.mark.parametrize("size", GRADIENT_SIZES, ids=str)
-def test_feature_wise(size, permuted, dtype):
-    tokens, model_dim, hidden_dim = size
-    h = random(tokens, hidden_dim, dtype=dtype)
-    h[::3, 1::5] = -0.0
-    h[tokens // 2, :8], h[0, 8:16] = float("nan"), float("-inf")
-    packed, metadata = reference.sparsify(h)
-    for counted in (True, False):
-        got, want = (each.feature_wise(packed, metadata, permuted, counted) for each in (cuda, reference))
-        for index in (0, 3):  # with a NaN
-            assert torch.equal(got[index].view(torch.int16), want[index].view(torch.int16))
-        assert torch.equal(got[1], want[1]) and got[2].dtype == want[2].dtype
-        torch.testing.assert_close(got[2], want[2], equal_nan=True)
-    packed, metadata = reference.relu2_sparsify(small_integers(tokens, hidden_dim, dtype=dtype, most=3))
-    wise, codes, _, left = reference.feature_wise(packed, metadata, permuted, True)
-    dense = small_integers(tokens, model_dim // 64 * 64, dtype=dtype)
-    left = left * 0  # what it adds is rounded again
-    exact = small_integers(24, dense.shape[1], dtype=dtype)
-    for chosen in (0, 24):
-        _, slots = reference.densest(torch.randint(9, (hidden_dim,), dtype=torch.int32, device="cuda"), chosen)
-        for transposed in (False, True):
-            arguments = (wise, codes, left, dense, exact, slots, permuted, transposed)
-            assert torch.equal(cuda.feature_wise_mm(*arguments), reference.feature_wise_mm(*arguments))
-
-
-@pytest.mark.parametrize(("features", "chosen"), [(0, 0), (1, 1), (12, 8), (8192, 416), (16384, 824), (65600, 3280)])
-@pytest.mark.parametrize("most", [2, 5000])
-def test_the_densest(features, chosen, most):
-    counts = torch.randint(most, (features,), dtype=torch.int32, device="cuda")
-    for got, want in zip(cuda.densest(counts, chosen), reference.densest(counts, chosen)):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", GRADIENT_SIZES, ids=str)
-def test_a_transposed_weight(size, dtype):
-    tokens, model_dim, hidden_dim = size
-    packed, metadata = reference.relu2_sparsify(random(tokens, hidden_dim, dtype=dtype))
-    weight = random(hidden_dim, model_dim // 64 * 64, dtype=dtype) / hidden_dim**0.5
-    got, want = (cuda.sparse_mm(packed, metadata, w) for w in (weight.t(), weight.t().contiguous()))
-    assert torch.equal(got, want), "the same sums in the same order"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 16), (3, 5, 64), (1000, 4112), (17, 36)])
-def test_unpacking(shape, dtype):
-    packed, metadata = reference.sparsify(random(*shape, dtype=dtype))
-    assert torch.equal(cuda.unpack(packed, metadata), reference.unpack(packed, metadata))
-    chosen = torch.randint(shape[-1], (11,), device="cuda")
-    assert torch.equal(cuda.columns(packed, metadata, chosen), reference.columns(packed, metadata, chosen))
-
-
-@pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
-def test_training_step(weight_grads):
-    """Under torch.compile, against the same on the CPU in fp32."""
-    mlp, x = MLP(256, 1024).cuda().bfloat16(), random(1030, 256).requires_grad_()
-    config = ao_act24.Act24Config(emulate=True, weight_grads=weight_grads)
-    torch.compile(mlp, backend=ao_act24.Act24Backend(config), fullgraph=True)(x).float().square().sum().backward()
-    twin, y = MLP(256, 1024), x.detach().float().cpu().requires_grad_()
-    twin.load_state_dict({name: tensor.float().cpu() for name, tensor in mlp.state_dict().items()})
-    torch.compile(twin, backend=ao_act24.Act24Backend(config), fullgraph=True)(y).square().sum().backward()
-    for got, want in zip((x, *mlp.parameters()), (y, *twin.parameters())):
-        assert (got.grad.float().cpu() - want.grad).norm() < 0.1 * want.grad.norm()
 
 
 class MLP(nn.Module):
