@@ -3,13 +3,18 @@
 python -m pytest tests/test_gradients.py
 """
 
+import gc
+import itertools
+import threading
+
 import pytest
 import torch
-from hopper_kernels import DTYPES, needs_hopper, random
+from hopper_kernels import DTYPES, ROWS, made_of, needs_hopper, poison, random, untouched
 from mlp import MLP
 
 import ao_act24
-from ao_act24.kernels import cuda, reference
+from ao_act24 import autograd, ops
+from ao_act24.kernels import cuda, layout, reference
 
 pytestmark = needs_hopper
 
@@ -72,7 +77,10 @@ def test_feature_wise(size, permuted, dtype):
             assert torch.equal(cuda.feature_wise_mm(*arguments), reference.feature_wise_mm(*arguments))
 
 
-@pytest.mark.parametrize(("features", "chosen"), [(0, 0), (1, 1), (12, 8), (8192, 416), (16384, 824), (65600, 3280)])
+@pytest.mark.parametrize(
+    ("features", "chosen"),
+    [(0, 0), (1, 1), (12, 8), (8192, 0), (8192, 416), (8192, 8192), (16384, 824), (65600, 3280), (65600, 65600)],
+)
 @pytest.mark.parametrize("most", [2, 5000])
 def test_the_densest(features, chosen, most):
     counts = torch.randint(most, (features,), dtype=torch.int32, device="cuda")
@@ -110,3 +118,301 @@ def test_training_step(weight_grads):
     torch.compile(twin, backend=ao_act24.Act24Backend(config), fullgraph=True)(y).square().sum().backward()
     for got, want in zip((x, *mlp.parameters()), (y, *twin.parameters())):
         assert (got.grad.float().cpu() - want.grad).norm() < 0.1 * want.grad.norm()
+
+
+def by_reference(monkeypatch, function, *arguments):
+    """The same on the GPU without a kernel of ours."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "why_not", lambda *_: "the reference is asked")
+        return function(*arguments)
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 130, 1039])
+def test_none_some_and_all_features_done_dense(tokens, share, permuted, monkeypatch):
+    """Integers so small that nothing is rounded, not even by what is added to a result."""
+    monkeypatch.setattr(autograd, "DENSE_SHARE", share)
+    monkeypatch.setattr(autograd, "PERMUTED", permuted)
+    packed, metadata = reference.relu2_sparsify(small_integers(tokens, 576))
+    hidden = packed * small_integers(*packed.shape)  # a gradient: zero wherever packed is
+    x, grad = small_integers(2, tokens, 192)
+    arguments = (x, grad, hidden, packed, metadata, True, True, True)
+    got = autograd._feature_wise_grads(*arguments)
+    want = by_reference(monkeypatch, autograd._feature_wise_grads, *arguments)
+    assert all(torch.equal(*pair) and bool(pair[1].any()) == (tokens > 0) for pair in zip(got, want))
+    if share == 1:
+        dense = (reference.unpack(each, metadata).float() for each in (hidden, packed))
+        for grad_of_weight, of_hidden, other in zip((got[0], got[2].t()), dense, (x, grad)):
+            assert torch.equal(grad_of_weight.float(), of_hidden.t() @ other.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature_wise", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_hardly_a_token(tokens, feature_wise, dtype, monkeypatch):
+    """Of the whole operator, forward and backward."""
+    shapes = [(tokens, 64), (192, 64), (192,), (64, 192), (64,)]
+    inputs = [small_integers(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+    grad = small_integers(tokens, 64, dtype=dtype)
+
+    def step():
+        out = ops.relu2_ffn(*inputs, feature_wise)[0]
+        return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+    got, want = step(), by_reference(monkeypatch, step)
+    assert [each.shape for each in got] == [(tokens, 64), *shapes]
+    assert all(torch.equal(*pair) and bool(pair[1].any()) == (tokens > 0) for pair in zip(got, want))
+
+
+def check_error(got, dense, exact, budget=1.02):
+    errors = [(out.double() - exact).norm() for out in (got, dense)]
+    assert 0 < errors[0] <= budget * errors[1]
+
+
+EXACT_SIZES = [(1283, 576, 2112), (8191, 1024, 2048), (4096, 256, 320)]  # tokens, D, H
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", EXACT_SIZES, ids=str)
+def test_the_gradient_of_the_hidden_activation_and_of_x_are_as_exact_as_dense_ones(size, dtype):
+    tokens, model_dim, hidden_dim = size
+    packed, metadata = cuda.relu2_sparsify(random(tokens, hidden_dim, dtype=dtype))
+    grad, factor = random(tokens, model_dim, dtype=dtype), packed.sqrt() * 2
+    down = random(model_dim, hidden_dim, dtype=dtype) / model_dim**0.5
+    hidden = cuda.grad_hidden(grad, down, packed, metadata)
+    exact = reference.gather(grad.double() @ down.double(), metadata) * factor.double()
+    check_error(hidden, reference.gather(grad @ down, metadata) * factor, exact)
+    up, dense = random(hidden_dim, model_dim, dtype=dtype) / hidden_dim**0.5, reference.unpack(hidden, metadata)
+    check_error(cuda.sparse_mm(hidden, metadata, up.t()), dense @ up, dense.double() @ up.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("permuted", [True, False])
+@pytest.mark.parametrize("size", EXACT_SIZES, ids=str)
+def test_the_gradients_of_weights_are_as_exact_as_dense_ones(size, permuted, dtype):
+    """On what 2:4 along tokens keeps; what the tokens left over add is rounded once more."""
+    tokens, model_dim, hidden_dim = size
+    whole = tokens // 4 * 4
+    order = torch.arange(whole, device="cuda")
+    order = order.view(4, -1).t().flatten() if permuted else order
+    slots = torch.full((hidden_dim,), -1, device="cuda", dtype=torch.int32)
+    for transposed, pack in ((False, reference.sparsify), (True, reference.relu2_sparsify)):  # of up, of down
+        wise, codes, _, left = cuda.feature_wise(*pack(random(tokens, hidden_dim, dtype=dtype)), permuted, True)
+        x = random(tokens, model_dim, dtype=dtype)
+        kept = torch.cat([reference.unpack(wise.t(), codes), left[: tokens - whole].t()], 1)
+        rows = torch.cat([x[order], x[whole:]])
+        got = cuda.feature_wise_mm(wise, codes, left, x, x[:0], slots, permuted, transposed)
+        budget = 1.02 * (1 if tokens == whole else 2**0.5)
+        check_error(got.t() if transposed else got, kept @ rows, kept.double() @ rows.double(), budget)
+
+
+def test_nan_and_infinity_stay_in_their_tokens():
+    _, grad, up, down, packed, metadata = operands(300, 320, 512)
+    grad[5, 7], grad[9, 100] = float("nan"), float("inf")
+    hidden = cuda.grad_hidden(grad, down, packed, metadata)
+    for each in (hidden, cuda.sparse_mm(hidden, metadata, up.t())):
+        assert each[5].isnan().all() and not each[9].isfinite().any()
+        assert each[[row for row in range(300) if row not in (5, 9)]].isfinite().all()
+
+
+FAR = 4 * 16400 + 3, 1 << 16  # tokens and H: packed, too, has more than 2**31 elements
+
+
+def far():
+    return cuda.relu2_sparsify(torch.randint(-3, 4, FAR, dtype=torch.int8, device="cuda").bfloat16())
+
+
+def test_more_tokens_and_features_than_32_bits_count():
+    """Integers whose sums are exact, against the reference of some blocks of tokens: the first, around 2**31, the last.
+
+    The last is of three.
+    """
+    (tokens, hidden_dim), (packed, metadata) = FAR, far()
+    grad, down, up = small_integers(tokens, 64), small_integers(64, hidden_dim), small_integers(hidden_dim, 64)
+    hidden, dense = cuda.grad_hidden(grad, down, packed, metadata), cuda.unpack(packed, metadata)
+    out = cuda.sparse_mm(hidden, metadata, up.t())
+    for first in (0, (1 << 15) - 16, 1 << 15, (1 << 16) - 16, 1 << 16, tokens // 16 * 16):
+        some = slice(first, first + 16)
+        block = packed[some], metadata[some]
+        assert torch.equal(dense[some], reference.unpack(*block))
+        assert torch.equal(hidden[some], reference.grad_hidden(grad[some], down, *block))
+        assert torch.equal(out[some], reference.sparse_mm(hidden[some], metadata[some], up.t()))
+    chosen = [0, 5, hidden_dim - 1]
+    got = cuda.columns(packed, metadata, torch.tensor(chosen, device="cuda"))
+    assert all(torch.equal(got[:, place], dense[:, feature]) for place, feature in enumerate(chosen))
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_gradients_of_weights_with_more_elements_than_32_bits_count(permuted):
+    """As above, of some groups of tokens and some features; with totals of all."""
+    (tokens, hidden_dim), (packed, metadata) = FAR, far()
+    quarter = tokens // 4
+    wise, codes, counts, left = cuda.feature_wise(packed, metadata, permuted, True)
+    rows = layout.to_rows(codes, hidden_dim, 4 * quarter)
+    for group in (0, 4096, 8192, quarter - 16):
+        firsts = [group + i * quarter if permuted else 4 * group + 16 * i for i in range(4)]
+        members = (torch.cat([each[first : first + 16] for first in firsts]) for each in (packed, metadata))
+        want, want_codes, _, _ = reference.feature_wise(*members, permuted, True)
+        assert torch.equal(wise[2 * group : 2 * group + 32], want)
+        assert torch.equal(rows[:, group // 2 : group // 2 + 8], layout.to_rows(want_codes, hidden_dim, 64))
+    dense, sums = cuda.unpack(packed, metadata), cuda.feature_wise(packed, metadata, permuted, False)[2]
+    assert torch.equal(counts, (dense != 0).sum(0, dtype=torch.int32)) and torch.equal(left, dense[-3:])
+    assert torch.equal(sums, dense.sum(0, dtype=torch.float32))
+    del dense, packed
+    x, left = small_integers(tokens, 64), left * 0  # what it adds is rounded again
+    slots = torch.full((hidden_dim,), -1, device="cuda", dtype=torch.int32)
+    for transposed in (False, True):
+        got = cuda.feature_wise_mm(wise, codes, left, x, x[:0], slots, permuted, transposed)
+        got = got.t() if transposed else got
+        for first in (0, 1 << 15, hidden_dim - 64):
+            some = slice(first, first + 64)
+            of_some = wise[:, some], codes[some], left[:, some], x, x[:0], slots[some]
+            assert torch.equal(got[some], reference.feature_wise_mm(*of_some, permuted, False))
+
+
+def operands(tokens, model_dim, hidden_dim, values=random):
+    """x, grad, up, down, packed, metadata"""
+    x, grad = values(2, tokens, model_dim)
+    up, down = values(hidden_dim, model_dim), values(model_dim, hidden_dim)
+    return [x, grad, up, down, *reference.relu2_sparsify(values(tokens, hidden_dim))]
+
+
+def everything(x, grad, up, down, packed, metadata, by=cuda):
+    """Each kernel of the backward in each of its forms: all outputs. Nothing is cuBLAS's, if no token is left over."""
+    hidden = by.grad_hidden(grad, down, packed, metadata)
+    made = [hidden, by.sparse_mm(hidden, metadata, up.t()), by.unpack(hidden, metadata)]
+    for permuted in (True, False):
+        of_y = wise, codes, counts, left = by.feature_wise(packed, metadata, permuted, True)
+        chosen, slots = by.densest(counts, 8)
+        made += [*of_y, chosen, slots, by.columns(packed, metadata, chosen)]
+        made += [by.feature_wise_mm(wise, codes, left, grad, up[:8], slots, permuted, True)]
+        of_dh = wise, codes, _, left = by.feature_wise(hidden, metadata, permuted, False)
+        made += of_dh
+        made += [by.feature_wise_mm(wise, codes, left, x, up[:8], slots, permuted, False)]
+    return made
+
+
+ALLOCATED = 3 + 2 * (4 + 2 + 1 + 1 + 4 + 1)  # outputs of everything
+
+
+def same_bits(got, want):
+    return all(torch.equal(g.view(torch.uint8), w.view(torch.uint8)) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(("model_dim", "hidden_dim"), [(7, 64), (72, 64), (64, 68), (12, 12)])
+def test_sizes_that_the_kernels_do_not_take(model_dim, hidden_dim):
+    held = operands(132, model_dim, hidden_dim, small_integers)
+    for got, want in zip(everything(*held), everything(*held, by=reference), strict=True):
+        assert torch.equal(got, want) and got.dtype == want.dtype
+
+
+@pytest.mark.parametrize("tokens", [1283, 1039, 1])  # a quarter is a multiple of four, is not, is nothing
+def test_every_output_is_written_and_nothing_else(tokens, monkeypatch):
+    held = operands(tokens, 576, 2112)
+    want = everything(*held)
+    guards = poison(monkeypatch)
+    assert same_bits(everything(*held), want)
+    assert len(guards) == ALLOCATED - (tokens == 1) * 2 * (4 + 1 + 4 + 1) and untouched(guards)
+
+
+def test_operands_that_are_not_contiguous():
+    held = operands(1280, 576, 2112)
+    want = everything(*held)
+    shifted = [torch.cat([each.new_zeros(1), each.flatten()])[1:].view_as(each) for each in held]
+    strided = [torch.stack([each, each], -1)[..., 0] for each in held]
+    assert same_bits(everything(*shifted), want) and same_bits(everything(*strided), want)
+
+
+def test_the_same_bits_every_time():
+    held = operands(5003, 1024, 2048)
+    want = everything(*held)
+    for _ in range(100):
+        assert same_bits(everything(*held), want)
+
+
+@pytest.mark.parametrize("clusters", [1, 3, 66])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_tiles_of_any_height_in_turn(rows, clusters, monkeypatch):
+    """Rows are tokens, or features, of which there are whole 64s."""
+    tokens = made_of(rows, monkeypatch, clusters)
+    _, grad, up, down, packed, metadata = operands(tokens, 576, 704, small_integers)
+    got, want = (each.grad_hidden(grad, down, packed, metadata) for each in (cuda, reference))
+    assert torch.equal(got, want) and want.any()
+    got, want = (each.sparse_mm(packed, metadata, up.t()) for each in (cuda, reference))
+    assert torch.equal(got, want) and want.any()
+    x, _, up, _, packed, metadata = operands(392, 576, tokens + 5 - 64, small_integers)
+    for permuted, transposed in itertools.product((True, False), repeat=2):
+        wise, codes, counts, left = reference.feature_wise(packed, metadata, permuted, True)
+        _, slots = reference.densest(counts, 8)
+        arguments = wise, codes, left, x, up[:8], slots, permuted, transposed
+        got, want = (each.feature_wise_mm(*arguments) for each in (cuda, reference))
+        assert torch.equal(got, want) and want.any()
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_thousands_of_launches(rows, monkeypatch):
+    """Tiles of which one, two or three warpgroups work, one after another: that no wait is ever missed."""
+    tokens = made_of(rows, monkeypatch, clusters=7)
+    _, grad, up, down, packed, metadata = operands(tokens, 512, 1024)
+    x, _, _, _, y, codes = operands(1024, 512, tokens + 5 - 64)
+    wise, codes, counts, left = cuda.feature_wise(y, codes, True, True)
+    _, slots = cuda.densest(counts, 8)
+
+    def run():
+        hidden = cuda.grad_hidden(grad, down, packed, metadata)
+        of_weights = (cuda.feature_wise_mm(wise, codes, left, x, up[:8], slots, True, way) for way in (False, True))
+        return hidden, cuda.sparse_mm(hidden, metadata, up.t()), *of_weights
+
+    first, wrong = run(), torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(3000):
+        for got, want in zip(run(), first):
+            wrong += (got != want).any()
+    assert not wrong
+
+
+def test_side_streams_and_threads():
+    held = [operands(1280, 576, 2112) for _ in range(4)]
+    want = [everything(*each) for each in held]
+    torch.cuda.synchronize()
+    got = [[] for _ in held]
+
+    def run(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                got[number].append(everything(*held[number]))
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(held))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(results) == 10 and all(same_bits(out, w) for out in results) for results, w in zip(got, want))
+
+
+def test_cuda_graph():
+    """Captured and replayed on a side stream, of other data each time."""
+    size = 1283, 576, 2112
+    held, graph, side = operands(*size), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    everything(*held)
+    with torch.cuda.graph(graph, stream=side):
+        out = everything(*held)
+    for _ in range(3):
+        for old, new in zip(held, operands(*size)):
+            old.copy_(new)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            graph.replay()
+        torch.cuda.current_stream().wait_stream(side)
+        assert same_bits(out, everything(*held))
+
+
+def test_memory_is_returned():
+    held = operands(1283, 576, 2112)
+    everything(*held)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        everything(*held)
+    assert torch.cuda.memory_allocated() == before
