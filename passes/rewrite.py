@@ -49,7 +49,7 @@ def rewrite(site: Site) -> None:
     for cast in casts:
         packed = emit.again(cast, packed)
     weight, bias = parameters(emit, site.down)
-    out = emit.call(ops.sparse_mm.default, packed, metadata, weight, bias, name=f"sparse_mm_{source_digest()[:8]}")
+    out = emit.instead(ops.sparse_mm.default, packed, metadata, weight, bias, name=f"sparse_mm_{source_digest()[:8]}")
     down.replace_all_uses_with(out)
     graph = down.graph
     graph.erase_node(down)
@@ -73,6 +73,13 @@ class Emitter:
     def call(self, target: Any, *args: Any, name: str | None = None) -> Node:
         with self.graph.inserting_before(self.anchor):
             return self._annotate(self.graph.create_node("call_function", target, args, name=name))
+
+    def instead(self, target: Any, *args: Any, name: str) -> Node:
+        """A node that has the anchor's value, which running it would not give: autocast may be on in the graph here."""
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.create_node("call_function", target, args, name=name)
+        node.meta.update(self.anchor.meta)
+        return node
 
     def method(self, target: str, *args: Any) -> Node:
         with self.graph.inserting_before(self.anchor):

@@ -280,6 +280,17 @@ def test_dtype(spelling, dtype, mode):
     check(model if autocast else model.to(dtype), x, tolerance=tolerance, mode=mode, autocast=autocast)
 
 
+class AutocastInside(FFN):
+    def forward(self, x):
+        with torch.autocast("cpu", BF16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", ["train", "no_grad"])
+def test_autocast_inside(mode):
+    check(AutocastInside(dense_relu2), inputs(), tolerance=2e-2, mode=mode)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 3, 5)], ids=["1-D", "2-D", "3-D", "4-D"])
 @pytest.mark.parametrize("mode", ["train", "no_grad"])
 def test_shape(shape, mode):
