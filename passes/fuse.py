@@ -45,6 +45,7 @@ from .vocabulary import (
     nodes_between,
     op_name,
     same_size,
+    takes_dtype,
     value,
 )
 
@@ -106,8 +107,9 @@ def why_apart(site: Site) -> str:
     if steps := [step for step in relu2.before_square + relu2.after_square if step.kind not in fall_away]:
         return f"{steps[0].node.name} stands between ReLU² and the down projection"
     widened = {step.node for step in strip(relu2.h)[0]}
-    if any(set(node.users) - relu2.inside - widened for node in (up.node, *widened)):
-        return "the pre-activation is also used elsewhere"
+    for node in (up.node, *widened):
+        if any(user not in relu2.inside | widened and not takes_dtype(user, node) for user in node.users):
+            return "the pre-activation is also used elsewhere"
     between = [node for node in nodes_between(up.node, down.node) if node not in relu2.inside]
     return _why_apart(up, down.node, down.weight, down.bias, between)
 

@@ -184,6 +184,11 @@ def seen_wide(x):
     return F.linear(F.relu(wide).square().bfloat16(), W2.bfloat16()) + wide.sum()
 
 
+def weight_by_wide(x):
+    wide = F.linear(x, W1.bfloat16()).float()
+    return F.linear(F.relu(wide).square().type_as(x), W2.double().type_as(wide).bfloat16())
+
+
 GRAPHS = {  # and how many of its FFNs become one operator
     "alone": (ffn(lambda x: F.linear(x, W1)), 1),
     "one token": (lambda x: ffn(lambda x: F.linear(x, W1))(x[0, 0]), 1),
@@ -201,6 +206,9 @@ GRAPHS = {  # and how many of its FFNs become one operator
     "wide square, .to(h)": (after(lambda h: F.relu(h).float().square().to(h)), 1),
     "wide relu": (after(lambda h: F.relu(h.float()).square().bfloat16()), 1),
     "wide relu, twice": (after(lambda h: F.relu(h.float().double()).square().bfloat16()), 1),
+    "weight.type_as(y)": (ffn(lambda x: F.linear(x, W1), lambda y: F.linear(y, W2.double().type_as(y))), 1),
+    "weight.to(h)": (lambda x: F.linear(relu2(h := F.linear(x, W1)), W2.double().to(h)), 1),
+    "weight.type_as(wide h)": (lambda x: weight_by_wide(x.bfloat16()), 1),
     "wide relu, seen": (lambda x: seen_wide(x.bfloat16()), 0),
     "narrow square": (ffn(lambda x: F.linear(x, W1), lambda y: F.linear(y.bfloat16(), W2.bfloat16())), 0),
     "contiguous": (ffn(lambda x: F.linear(x, W1).contiguous()), 0),
