@@ -26,6 +26,7 @@ from .vocabulary import (
     nodes_between,
     op_name,
     submodule,
+    takes_dtype,
     value,
 )
 
@@ -268,7 +269,7 @@ def _second_consumer(relu2: Relu2, down: Linear) -> str:
         return "the activation is multiplied by itself: the second operand is no weight"
     for node in sorted(relu2.inside):
         for user in node.users:
-            if user in relu2.inside or user is down.node:
+            if user in relu2.inside or user is down.node or takes_dtype(user, node):
                 continue
             if user.op == "output":
                 return (

@@ -33,8 +33,21 @@ from ao_act24.fingerprint import source_digest
 from ao_act24.when import sparse_grads_pay, why_not_fused
 
 from .find import Site
-from .rewrite import Emitter, parameters
-from .vocabulary import Linear, argument, as_linear, is_our_op, mutates, nodes_between, op_name, same_size, value
+from .relu2 import strip
+from .rewrite import Emitter, narrow_source, parameters
+from .vocabulary import (
+    Linear,
+    argument,
+    as_linear,
+    is_our_op,
+    is_transpose,
+    mutates,
+    nodes_between,
+    op_name,
+    same_size,
+    takes_dtype,
+    value,
+)
 
 
 def fuse(graph: Graph, config: Act24Config) -> None:
@@ -87,13 +100,16 @@ def why_apart(site: Site) -> str:
     """Why both matmuls of a site, before it is rewritten, will not be one operator in training; empty if they will."""
     assert site.relu2 is not None and site.down is not None
     up, relu2, down = site.up, site.relu2, site.down
-    steps = [step.node.name for step in relu2.before_square + relu2.after_square if step.kind != "identity"]
-    if up is None or relu2.h is not up.node:
+    source = narrow_source(relu2)
+    if up is None or (relu2.h if source is None else source) is not up.node:
         return "something stands between the up projection and ReLU²"
-    if steps:
-        return f"{steps[0]} stands between ReLU² and the down projection"
-    if set(up.node.users) - relu2.inside:
-        return "the pre-activation is also used elsewhere"
+    fall_away = ("identity",) if source is None else ("identity", "cast")
+    if steps := [step for step in relu2.before_square + relu2.after_square if step.kind not in fall_away]:
+        return f"{steps[0].node.name} stands between ReLU² and the down projection"
+    widened = {step.node for step in strip(relu2.h)[0]}
+    for node in (up.node, *widened):
+        if any(user not in relu2.inside | widened and not takes_dtype(user, node) for user in node.users):
+            return "the pre-activation is also used elsewhere"
     between = [node for node in nodes_between(up.node, down.node) if node not in relu2.inside]
     return _why_apart(up, down.node, down.weight, down.bias, between)
 
@@ -113,9 +129,13 @@ def _why_apart(up: Linear, down: Node, weight: Any, bias: Any, between: Iterable
 
 def _harmless(node: Node) -> bool:
     """Whether nothing is written and no mode is changed here, as far as is known."""
-    if node.op in ("get_attr", "placeholder") or node.target is operator.getitem or is_our_op(node, "relu2_sparsify"):
+    if node.op in ("get_attr", "placeholder") or node.target is operator.getitem or is_transpose(node):
         return True
-    return bool(op_name(node)) and not mutates(node) and "norm" not in op_name(node)  # batch_norm's running statistics
+    if str(node.target).startswith("ao_act24."):  # another FFN, which the rewrite came to first
+        return True
+    if "batch_norm" in op_name(node) or "instance_norm" in op_name(node):  # running statistics
+        return False
+    return bool(op_name(node)) and not mutates(node)
 
 
 def _plain(up: Linear) -> bool:

@@ -16,7 +16,7 @@ After::
 In-between nodes keep their effect: ReLU² is pointwise and the groups lie along the last dimension, so a view or a
 cast in front of the square is done to ``h`` instead, and a cast behind it to ``packed``. Casts that only widen the
 square's arithmetic and come back to the dtype of ``h`` fall away, since ``relu2_sparsify`` squares in fp32 and rounds
-once anyway.
+once anyway. A tensor that is cast like ReLU² or ``h`` (``weight.type_as(y)``) is given the dtype by name.
 """
 
 import operator
@@ -32,14 +32,17 @@ from ao_act24 import ops
 from ao_act24.fingerprint import source_digest
 
 from .find import Site
-from .relu2 import Relu2
-from .vocabulary import Between, Linear, as_between, cast_dtype, is_transpose, op_name, value
+from .relu2 import Relu2, strip
+from .vocabulary import Between, Linear, as_between, cast_dtype, is_transpose, op_name, takes_dtype, value
 
 
 def rewrite(site: Site) -> None:
     """Rewrite one site in its graph. The nodes that it replaces are erased."""
     assert site.relu2 is not None and site.down is not None
     down = site.down.node
+    for node in (*site.relu2.inside, site.relu2.h, *(step.input for step in strip(site.relu2.h)[0])):
+        for user in [user for user in node.users if takes_dtype(user, node)]:
+            user.op, user.target, user.args = "call_method", "to", (user.args[0], value(user).dtype)
     emit = Emitter(down)
     h, casts = _hoist(emit, site.relu2)
     pair = emit.call(ops.relu2_sparsify.default, h, name="relu2_sparsify")
@@ -49,7 +52,7 @@ def rewrite(site: Site) -> None:
     for cast in casts:
         packed = emit.again(cast, packed)
     weight, bias = parameters(emit, site.down)
-    out = emit.call(ops.sparse_mm.default, packed, metadata, weight, bias, name=f"sparse_mm_{source_digest()[:8]}")
+    out = emit.instead(ops.sparse_mm.default, packed, metadata, weight, bias, name=f"sparse_mm_{source_digest()[:8]}")
     down.replace_all_uses_with(out)
     graph = down.graph
     graph.erase_node(down)
@@ -73,6 +76,13 @@ class Emitter:
     def call(self, target: Any, *args: Any, name: str | None = None) -> Node:
         with self.graph.inserting_before(self.anchor):
             return self._annotate(self.graph.create_node("call_function", target, args, name=name))
+
+    def instead(self, target: Any, *args: Any, name: str) -> Node:
+        """A node that has the anchor's value, which running it would not give: autocast may be on in the graph here."""
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.create_node("call_function", target, args, name=name)
+        node.meta.update(self.anchor.meta)
+        return node
 
     def method(self, target: str, *args: Any) -> Node:
         with self.graph.inserting_before(self.anchor):

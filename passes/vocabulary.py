@@ -328,6 +328,13 @@ def _cast_kind(node: Node, source: Node) -> str:
     return "cast" if cast_dtype(node) is not None else ""
 
 
+def takes_dtype(node: Node, like: Node) -> bool:
+    """Whether all that ``node`` wants of ``like`` is its dtype: ``weight.type_as(like)``, both on one device."""
+    if op_name(node) not in ("type_as", "to") or node.args[1:] != (like,) or node.kwargs or node.args[0] is like:
+        return False
+    return value(node.args[0]) is not None and as_between(node) is not None
+
+
 def cast_dtype(node: Node) -> torch.dtype | None:
     """The dtype that a cast gives, from the graph's values or, without them, from how the cast is written."""
     known = value(node)

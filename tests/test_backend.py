@@ -147,6 +147,27 @@ def test_inference_mode_and_autocast(compiling):
         assert relative_error(got, exact) <= 1.5 * reference
 
 
+def test_autocast_inside():
+    mlp, x = MLP(), torch.randn(64, 16)
+
+    @torch.compile(backend="ao_act24", fullgraph=True)
+    def compiled(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return mlp(x)
+
+    def outcome(function, x):
+        out = function(x.requires_grad_())
+        return out.detach(), *torch.autograd.grad(out.square().sum(), [x, *mlp.parameters()])
+
+    got = outcome(compiled, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = outcome(lambda x: oracle(mlp, x), x)
+    exact = outcome(lambda x: oracle(mlp.double(), x), x.detach().double())
+    assert got[0].dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in got[1:])
+    for g, w, e in zip(got, want, exact):
+        assert relative_error(g, e) <= 1.5 * relative_error(w, e)
+
+
 def test_pass_identity():
     import pickle
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 import ao_act24
+from ao_act24.passes import examine
 
 
 class Decoy(nn.Module):
@@ -116,6 +117,22 @@ def auxiliary_loss(m, x):
 def auxiliary_loss_of_relu(m, x):
     r = F.relu(m.up(x))
     return m.down(r * r), r.mean()
+
+
+def expanded_by(m, x):
+    y = relu2(m.up(x))
+    return m.down(y), m.vector.expand_as(y)
+
+
+def copied_by(m, x):
+    y = relu2(m.up(x))
+    return m.down(y), m.vector.to(y, copy=True)
+
+
+def casts_by(m, x):
+    r = F.relu(m.up(x))
+    y = r.square()
+    return m.down(y), r.to(y)
 
 
 def returned(m, x):
@@ -332,6 +349,9 @@ DECOYS = {
     "LoRA on up": (lambda m, x: m.down(relu2(m.up(x) + m.up2(x))), "is a sum"),
     "auxiliary loss": (auxiliary_loss, "also used by abs"),
     "auxiliary loss of relu": (auxiliary_loss_of_relu, "also used by mean"),
+    "another expanded like it": (expanded_by, "also used by expand_as"),
+    "another copied like it": (copied_by, "also used by to"),
+    "relu cast like it": (casts_by, "also used by to"),
     "returned": (returned, "also an output"),
     "returned through a view": (returned_through_view, "also used by reshape"),
     "in-place relu, h returned": (in_place_relu_seen, "works in place"),
@@ -441,6 +461,20 @@ def test_activation_kept_in_an_attribute():
     assert not compiled.forward
     assert "also an output" in compiled.verdicts[0].reason
     assert torch.equal(model.last, F.relu(model.up(inputs())))
+
+
+def test_weight_on_another_device():
+    """What ``type_as`` does there is more than a cast."""
+    verdicts, weight = [], torch.empty(MODEL_DIM, HIDDEN_DIM, device="meta")
+
+    def look(gm, _):
+        verdicts.extend(verdict for _, verdict in examine(gm, ao_act24.Act24Config()))
+        return lambda *args: (torch.zeros(1),)
+
+    model = FFN(relu2)
+    model.down.forward = lambda y: F.linear(y, weight.type_as(y))
+    torch.compile(model, backend=look, fullgraph=True)(inputs())
+    assert ["also used by type_as" in verdict.reason for verdict in verdicts] == [True]
 
 
 @pytest.mark.parametrize("mode", ["train", "no_grad"])

@@ -280,6 +280,17 @@ def test_dtype(spelling, dtype, mode):
     check(model if autocast else model.to(dtype), x, tolerance=tolerance, mode=mode, autocast=autocast)
 
 
+class AutocastInside(FFN):
+    def forward(self, x):
+        with torch.autocast("cpu", BF16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", ["train", "no_grad"])
+def test_autocast_inside(mode):
+    check(AutocastInside(dense_relu2), inputs(), tolerance=2e-2, mode=mode)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 3, 5)], ids=["1-D", "2-D", "3-D", "4-D"])
 @pytest.mark.parametrize("mode", ["train", "no_grad"])
 def test_shape(shape, mode):
@@ -462,6 +473,10 @@ FORMULAS = {
     ".to(dtype)": lambda a, x, w1, w2, b1, b2: F.linear(a(F.linear(x, w1.to(x.dtype), b1)), w2.to(x.dtype), b2),
     ".T.type_as": lambda a, x, w1, w2, b1, b2: a(x @ w1.T.type_as(x) + b1) @ w2.T.type_as(x) + b2,
     ".to().t()": lambda a, x, w1, w2, b1, b2: a(x @ w1.to(x).t() + b1) @ w2.to(x.dtype).t().contiguous() + b2,
+    "type_as(y)": lambda a, x, w1, w2, b1, b2: F.linear(y := a(F.linear(x, w1.type_as(x), b1)), w2.type_as(y), b2),
+    ".to(y)": lambda a, x, w1, w2, b1, b2: F.linear(y := a(x @ w1.to(x).T + b1), w2.to(y)) + b2.to(y),
+    ".T.type_as(y)": lambda a, x, w1, w2, b1, b2: (y := a(x @ w1.T.type_as(x) + b1)) @ w2.T.type_as(y) + b2,
+    "type_as(h)": lambda a, x, w1, w2, b1, b2: F.linear(a(h := F.linear(x, w1.type_as(x), b1)), w2.type_as(h), b2),
     "scaled weight": lambda a, x, w1, w2, b1, b2: F.linear(a(F.linear(x, w1 * 2, b1)), w2 * 0.5, b2),
     "low-rank update": lambda a, x, w1, w2, b1, b2: F.linear(
         a(F.linear(x, w1 + b1[:, None] @ b2[None], b1)), w2 + b2[:, None] @ b1[None], b2
@@ -473,6 +488,9 @@ KN_FORMULAS = {  # weights [D, H], [H, D]
     "torch.mm": lambda a, x, w1, w2, b1, b2: torch.mm(a(torch.mm(x, w1) + b1), w2) + b2,
     "addmm stored": lambda a, x, w1, w2, b1, b2: torch.addmm(b2, a(torch.addmm(b1, x, w1)), w2),
     "linear .t()": lambda a, x, w1, w2, b1, b2: F.linear(a(F.linear(x, w1.t(), b1)), w2.t(), b2),
+    "linear .T.type_as(y)": lambda a, x, w1, w2, b1, b2: F.linear(
+        y := a(F.linear(x, w1.T.type_as(x), b1)), w2.T.type_as(y), b2
+    ),
     "matmul .to": lambda a, x, w1, w2, b1, b2: torch.matmul(a(x @ w1.to(x) + b1), other=w2.to(x)) + b2,
 }
 
@@ -527,14 +545,32 @@ def test_weights_as_inputs(formula):
     assert_rewritten(compiled)
 
 
+CAST_BY_ACTIVATION = ["type_as(y)", ".to(y)", ".T.type_as(y)", "type_as(h)", "linear .T.type_as(y)"]
+
+
 @pytest.mark.parametrize("mode", ["train", "no_grad"])
-@pytest.mark.parametrize("formula", [".to(dtype)", ".T.type_as", ".to().t()", "matmul .to"])
+@pytest.mark.parametrize("formula", [".to(dtype)", ".T.type_as", ".to().t()", "matmul .to", *CAST_BY_ACTIVATION])
 def test_fp32_weights_cast_to_bf16(formula, mode):
     class Cast(Formula):
         def forward(self, x):
             return self.formula(self.activation, x, self.w1, self.w2, self.b1.to(x), self.b2.to(x))
 
     check(Cast(formula, dense_relu2, "parameter"), inputs(5, dtype=BF16), tolerance=1e-2, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["train", "no_grad"])
+@pytest.mark.parametrize("cast", ["wide down", "narrow output", "wide square"])
+def test_weight_cast_by_an_activation_of_another_dtype(cast, mode):
+    up, down, activation, reference = CASTS[cast]
+
+    class Cast(FFN):
+        def forward(self, x):
+            y = self.activation(self.up(x))
+            return F.linear(y, self.down.weight.type_as(y), self.down.bias.to(down))
+
+    model = Cast(activation)
+    model.up.to(up)
+    check(model, inputs(dtype=up), reference, tolerance=2e-2, mode=mode)
 
 
 class Blocks(nn.Module):
