@@ -63,7 +63,7 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
         raise ValueError('config.weight_grads must be "dense" for sparsify_; with the backend it may be "sparse"')
     with ignored():  # the phase is asked for at each call
         _visit(model, "", checked(config), verdicts, set())
-    if not any(map(_is_sparsified, model.modules())):
+    if not any(map(is_sparsified, model.modules())):
         reasons = "; ".join(sorted({v.reason for v in verdicts})) or "no Linear→ReLU²→Linear block could be traced"
         message = f"ao_act24.sparsify_ rewrote nothing: {reasons}. ao_act24.explain(model, *inputs) lists every site."
         warnings.warn(message, Act24Warning, stacklevel=2)
@@ -72,13 +72,13 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
 
 def unsparsify_(model: nn.Module) -> int:
     """Undo ``sparsify_`` on ``model`` and everything in it. Returns the number of modules that were restored."""
-    sparsified = [module for module in model.modules() if _is_sparsified(module)]
+    sparsified = [module for module in model.modules() if is_sparsified(module)]
     for module in sparsified:
         del module.forward, module._replicate_for_data_parallel
     return len(sparsified)
 
 
-def _is_sparsified(module: nn.Module) -> bool:
+def is_sparsified(module: nn.Module) -> bool:
     return hasattr(module.__dict__.get("forward"), "_act24_verdicts")
 
 
@@ -87,7 +87,7 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
 
     ``warned``: what has been said already, by all of them.
     """
-    if _is_sparsified(module):
+    if is_sparsified(module):
         verdicts.extend(verdict.within(path) for verdict in module.forward._act24_verdicts)  # type: ignore[attr-defined]
     for name, child in module.named_children():
         _visit(child, f"{path}.{name}".lstrip("."), config, verdicts, warned)

@@ -1,6 +1,7 @@
 """explain and measure."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ao_act24
-from ao_act24 import autograd, ops
+from ao_act24 import autograd, ops, transform
 from ao_act24.measure import across_tokens
 
 
@@ -185,6 +186,31 @@ def test_functions_and_already_transformed_models():
     model = Model()
     ao_act24.sparsify_(model)
     assert [v.rewritten for v in ao_act24.explain(model, torch.randn(6, 16))] == [True, False, True]
+
+
+class OnGpu:
+    def __init__(self, tensor):
+        self.device, self.shape, self.requires_grad = torch.device("cuda", 0), tensor.shape, tensor.requires_grad
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What ``explain`` itself asks of a graph's tensors, it is told as if they lay on a GPU."""
+    module = importlib.import_module("ao_act24.explain")
+    value = module.value
+    monkeypatch.setattr(module, "value", lambda node: OnGpu(value(node)))
+
+
+def test_what_sparsify_leaves_dense_in_training_is_noted(gpu, monkeypatch):
+    model, x = MLP(), torch.randn(6, 16)
+    assert ao_act24.explain(model, x).notes == (), "the backend trains it in 2:4"
+    ao_act24.sparsify_(model)
+    assert ao_act24.explain(model, x).notes == (), "in 2:4 as it is"
+    monkeypatch.setattr(transform, "_stays_dense", lambda *_: transform._COMPILED_ONLY)
+    report = ao_act24.explain(model, x)
+    assert len(report.rewritten) == 1 and "trains dense on a GPU by itself" in report.notes[0]
+    with torch.no_grad():
+        assert ao_act24.explain(model, x).notes == ()
 
 
 def test_a_hidden_size_that_four_does_not_divide():
