@@ -1,6 +1,8 @@
 """What would be rewritten, what would not, and why."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,7 @@ from ao_act24.passes import Report, Verdict, examine
 from ao_act24.passes.find import Site
 from ao_act24.passes.vocabulary import value
 from ao_act24.transform import is_sparsified
+from ao_act24.when import where_dynamic
 
 
 def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | None = None, **kwargs: Any) -> Report:
@@ -41,7 +44,8 @@ def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | No
         ddp |= notice.splits_for_ddp()
         sites = examine(gm, config)
         trains_on_gpu |= any(verdict.rewritten and _trains_on_gpu(site) for site, verdict in sites)
-        locators = [locator(gm, model, site, verdict) for site, verdict in sites]
+        remarked = ((site, replace(v, remark=_remark(site, config) if v.rewritten else "")) for site, v in sites)
+        locators = [locator(gm, model, site, verdict) for site, verdict in remarked]
         places = set()
 
         def run(*args: Any) -> Any:
@@ -76,6 +80,15 @@ def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | No
             'torch.compile(model, backend="ao_act24").'
         )
     return Report(tuple(verdicts), tuple(notes))
+
+
+def _remark(site: Site, config: Act24Config) -> str:
+    """What the verdict on a site that runs in 2:4 does not say."""
+    h, out = (value(node) for node in (site.relu2 and site.relu2.h, site.down and site.down.node))
+    if site.rewritten or h is None or out is None:
+        return ""
+    *tokens, model_dim = out.shape
+    return where_dynamic(h.device, math.prod(tokens), model_dim, h.shape[-1], h.requires_grad, config)
 
 
 def _trains_on_gpu(site: Site) -> bool:

@@ -119,6 +119,18 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, least=None) ->
     return f"2:4 pays from {least} tokens on at this size{some_fewer}, got {tokens}: dense is faster here"
 
 
+def where_dynamic(device, tokens, model_dim, hidden_dim, training, config) -> str:  # type: ignore[no-untyped-def]
+    """Where an FFN that runs in 2:4 would not, were the number of tokens dynamic: one bound is asked then."""
+    if device.type in ("cpu", "meta") or config.emulate or not isinstance(tokens, int):
+        return ""
+    least = least_tokens(int(model_dim), int(hidden_dim), MAX_TRAINING_WASTE if training else MAX_WASTE)
+    if tokens >= least:
+        return ""
+    if least == NEVER:
+        return "not where the number of tokens is dynamic"
+    return f"where the number of tokens is dynamic, only from {least} on"
+
+
 def sparse_grads_pay(device, tokens, model_dim, hidden_dim) -> bool:  # type: ignore[no-untyped-def]
     """Whether gradients of weights in 2:4 along tokens are faster than exact ones, in an FFN that runs in 2:4."""
     if device.type in ("cpu", "meta"):

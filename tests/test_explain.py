@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ao_act24
-from ao_act24 import autograd, ops, transform
+from ao_act24 import Act24Config, autograd, ops, transform
 from ao_act24.measure import across_tokens
 
 
@@ -211,6 +211,27 @@ def test_what_sparsify_leaves_dense_in_training_is_noted(gpu, monkeypatch):
     assert len(report.rewritten) == 1 and "trains dense on a GPU by itself" in report.notes[0]
     with torch.no_grad():
         assert ao_act24.explain(model, x).notes == ()
+
+
+def remark(model, tokens, dim=2048, **config):
+    (verdict,) = ao_act24.explain(model, torch.empty(tokens, dim, device="meta"), config=Act24Config(**config))
+    assert verdict.rewritten
+    return verdict.remark
+
+
+def test_what_a_dynamic_number_of_tokens_would_change_is_said(gpu, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    with torch.device("meta"):
+        model, uneven = MLP(dim=2048, hidden=8192), MLP(dim=832, hidden=832)
+    with torch.no_grad():
+        assert remark(model, 2048) == "where the number of tokens is dynamic, only from 3201 on"
+        assert remark(model, 3201) == "" == remark(model, 2048, emulate=True)
+        assert remark(uneven, 4096, 832) == "not where the number of tokens is dynamic"
+        x = torch.empty(2048, 2048, device="meta")
+        assert "is dynamic, only from 3201 on" in str(ao_act24.explain(model, x))
+        torch._dynamo.mark_dynamic(x, 0)
+        assert ao_act24.explain(model, x).verdicts[0].remark == ""
+    assert remark(model, 5120) == "where the number of tokens is dynamic, only from 11009 on"
 
 
 def test_a_hidden_size_that_four_does_not_divide():
