@@ -13,9 +13,10 @@ from ao_act24.capture import is_disabled, locator, run_captured
 from ao_act24.config import Act24Config, checked
 from ao_act24.passes import Report, Verdict, examine
 from ao_act24.passes.find import Site
+from ao_act24.passes.fuse import why_apart
 from ao_act24.passes.vocabulary import value
 from ao_act24.transform import is_sparsified
-from ao_act24.when import where_dynamic
+from ao_act24.when import where_dynamic, why_exact_grads
 
 
 def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | None = None, **kwargs: Any) -> Report:
@@ -88,7 +89,12 @@ def _remark(site: Site, config: Act24Config) -> str:
     if site.rewritten or h is None or out is None:
         return ""
     *tokens, model_dim = out.shape
-    return where_dynamic(h.device, math.prod(tokens), model_dim, h.shape[-1], h.requires_grad, config)
+    size = (h.device, math.prod(tokens), model_dim, h.shape[-1])
+    remarks = [where_dynamic(*size, h.requires_grad, config)]
+    if h.requires_grad and config.weight_grads == "sparse":
+        why_exact = why_apart(site) or why_exact_grads(*size, config)
+        remarks.append(f"gradients of weights are {f'exact: {why_exact}' if why_exact else 'sparse'}")
+    return "; ".join(filter(None, remarks))
 
 
 def _trains_on_gpu(site: Site) -> bool:

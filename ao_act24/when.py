@@ -131,12 +131,16 @@ def where_dynamic(device, tokens, model_dim, hidden_dim, training, config) -> st
     return f"where the number of tokens is dynamic, only from {least} on"
 
 
-def sparse_grads_pay(device, tokens, model_dim, hidden_dim) -> bool:  # type: ignore[no-untyped-def]
-    """Whether gradients of weights in 2:4 along tokens are faster than exact ones, in an FFN that runs in 2:4."""
-    if device.type in ("cpu", "meta"):
-        return True
-    waste = schedule.waste(int(hidden_dim), int(model_dim), CLUSTERS)
-    return waste <= MAX_WASTE and bool(tokens * model_dim * hidden_dim >= MIN_SPARSE_GRADS)
+def why_exact_grads(device, tokens, model_dim, hidden_dim, config) -> str:  # type: ignore[no-untyped-def]
+    """Why gradients of weights stay exact in an FFN that runs in 2:4; empty if in 2:4 along tokens they are faster."""
+    if device.type in ("cpu", "meta") or config.emulate:
+        return ""
+    if schedule.waste(int(hidden_dim), int(model_dim), CLUSTERS) > MAX_WASTE:
+        return f"a gradient of {hidden_dim} x {model_dim} does not fill the GPU evenly"
+    if tokens * model_dim * hidden_dim < MIN_SPARSE_GRADS:
+        least = -(-MIN_SPARSE_GRADS // (model_dim * hidden_dim))
+        return f"sparse ones pay from {least} tokens on at this size, got {tokens}"
+    return ""
 
 
 @functools.lru_cache(maxsize=1024)

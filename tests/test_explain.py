@@ -234,6 +234,22 @@ def test_what_a_dynamic_number_of_tokens_would_change_is_said(gpu, monkeypatch):
     assert remark(model, 5120) == "where the number of tokens is dynamic, only from 11009 on"
 
 
+def test_whether_gradients_of_weights_are_sparse_is_said(gpu):
+    with torch.device("meta"):
+        model = MLP(dim=2048, hidden=8192)
+    few = "gradients of weights are exact: sparse ones pay from 8192 tokens on at this size, got 8191"
+    assert remark(model, 16384) == ""
+    assert remark(model, 16384, weight_grads="sparse") == "gradients of weights are sparse"
+    assert remark(model, 8191, weight_grads="sparse").endswith(f"11009 on; {few}")
+    assert remark(model, 8191, weight_grads="sparse", emulate=True) == "gradients of weights are sparse"
+    with torch.no_grad():
+        assert remark(model, 16384, weight_grads="sparse") == ""
+    model.activation = lambda h: F.relu(h).square().view(-1, 1, 8192)
+    assert remark(model, 16384, weight_grads="sparse") == (
+        "gradients of weights are exact: view stands between ReLU² and the down projection"
+    )
+
+
 def test_a_hidden_size_that_four_does_not_divide():
     (verdict,) = ao_act24.explain(MLP(hidden=34), torch.randn(2, 16))
     assert not verdict.rewritten and "divisible by 4, got 34" in verdict.reason

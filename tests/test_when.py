@@ -101,6 +101,13 @@ def test_training_on_a_gpu_is_in_one_operator_or_dense(between, reason, monkeypa
 
 def test_sparse_gradients_of_weights_where_they_pay():
     gpu = torch.device("cuda", 0)
-    assert when.sparse_grads_pay(gpu, 16384, 2048, 8192) and when.sparse_grads_pay(torch.device("cpu"), 4, 8, 8)
-    assert not when.sparse_grads_pay(gpu, 4096, 2048, 8192), "few tokens"
-    assert not when.sparse_grads_pay(gpu, 65536, 768, 3072), "a gradient that does not fill the GPU evenly"
+    config, emulate = ao_act24.Act24Config(), ao_act24.Act24Config(emulate=True)
+    assert when.why_exact_grads(torch.device("cpu"), 4, 8, 8, config) == ""
+    for *size, reason in (
+        (16384, 2048, 8192, ""),
+        (8192, 2048, 8192, ""),
+        (8191, 2048, 8192, "sparse ones pay from 8192 tokens on at this size, got 8191"),
+        (65536, 768, 3072, "a gradient of 3072 x 768 does not fill the GPU evenly"),
+    ):
+        assert when.why_exact_grads(gpu, *size, config) == reason
+        assert when.why_exact_grads(gpu, *size, emulate) == ""
