@@ -108,9 +108,10 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, least=None) ->
         least = least_tokens(int(model_dim), int(hidden_dim), most)
     if tokens >= least:
         return ""
+    if torch.compiler.is_compiling():  # Dynamo takes a SymInt for an int, and breaks the graph where a text names one
+        return "2:4 pays from more tokens on at this size"
     some_fewer = ""
-    # One graph for each number of tokens. Dynamo, where it traces this, takes a SymInt for an int.
-    if not torch.compiler.is_compiling() and isinstance(tokens, int) and tokens >= MIN_TOKENS:
+    if isinstance(tokens, int) and tokens >= MIN_TOKENS:  # one graph for each number of tokens
         if waste(tokens, int(model_dim), int(hidden_dim)) <= most:
             return ""
         some_fewer = ", and at some fewer"

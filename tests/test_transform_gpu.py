@@ -8,7 +8,7 @@ from mlp import MLP
 from torch import nn
 
 from ao_act24 import Act24Config, Act24Warning, sparsify_, transform, when
-from ao_act24.kernels import cuda
+from ao_act24.kernels import cuda, schedule
 
 LEAST = 16  # tokens
 
@@ -150,3 +150,17 @@ def test_compiled_training_is_one_dense_graph_and_says_nothing(part):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Act24Warning)
         assert counts_of_sparse_mm(model, *map(data, (LEAST, 4 * LEAST, LEAST // 2))) == [0]
+
+
+def test_compiled_inference_asks_for_one_bound_that_was_found_before(monkeypatch):
+    """Dynamo would trace the search for it, at each compilation."""
+    model = mlp()
+    sparsify_(model)
+
+    def traced(*args):
+        raise AssertionError("the rule's search is traced")
+
+    for module, name in ((transform, "least_tokens"), (when, "least_tokens"), (when, "waste"), (schedule, "waste")):
+        monkeypatch.setattr(module, name, traced)
+    with torch.no_grad():
+        assert counts_of_sparse_mm(model, *map(data, (LEAST, 4 * LEAST, LEAST // 2, LEAST - 1, 999))) == [1, 0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ao_act24
@@ -60,6 +61,22 @@ def test_the_rule_keeps_to_what_the_schedule_wastes(size):
     answers = {tokens: when._why_slower(tokens, *size, True, False) for tokens in range(when.MIN_TOKENS, least, 13)}
     assert {why == "" for why in answers.values()} == {True, False}  # some of the fewer are even
     assert all((why == "") == (when.waste(tokens, *size) <= when.MAX_WASTE) for tokens, why in answers.items())
+
+
+def test_dynamo_guards_on_the_bound_alone(monkeypatch):
+    """Not on each number of tokens, though the reason names it."""
+    monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
+    sizes, config, counter = (2048, 8192, True, False), ao_act24.Act24Config(), CompileCounter()
+    least = when.least_tokens(2048, 8192)
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def dense(x):
+        gpu = torch.device("cuda", 0)
+        return x + 1 if when.why_dense(gpu, torch.bfloat16, x.shape[0], *sizes, config, least) else x
+
+    for tokens in (7, 1500, 2048, least - 1, least, least + 1, 8192, 9999):
+        assert dense(torch.zeros(tokens)).all() == (tokens < least)
+    assert counter.frame_count == 2
 
 
 def on_a_gpu(function, *sizes):
