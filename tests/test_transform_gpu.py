@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from mlp import MLP
+from mlp import MLP, check
 from torch import nn
 
 from ao_act24 import Act24Config, Act24Warning, sparsify_, transform, when
@@ -164,3 +164,9 @@ def test_compiled_inference_asks_for_one_bound_that_was_found_before(monkeypatch
         monkeypatch.setattr(module, name, traced)
     with torch.no_grad():
         assert counts_of_sparse_mm(model, *map(data, (LEAST, 4 * LEAST, LEAST // 2, LEAST - 1, 999))) == [1, 0]
+
+
+def test_trained_by_our_backend_though_dense_by_itself():
+    model = MLP(dim=64, hidden=128)
+    sparsify_(model)
+    check(torch.compile(model, backend="ao_act24", fullgraph=True), model, torch.randn(LEAST, 64))
