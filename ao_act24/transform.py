@@ -8,8 +8,8 @@ shows what runs. Removing the attribute restores the model.
 Symbolic tracing sees a module's code once (``trace.py`` says which modules it leaves alone). What may differ later is
 checked at each call, and where a check fails the module's original forward runs instead, with a warning where something
 changed: arguments other than tensors for exactly the required parameters, a submodule replaced or hooked since, dropout
-active although tracing saw it off, a device without kernels. What a forward reads from attributes (buffers aside),
-globals and closures is read once, when ``sparsify_`` is called.
+active although tracing saw it off, a device without kernels. So it does, with a warning, in training on a GPU. What a
+forward reads from attributes (buffers aside), globals and closures is read once, when ``sparsify_`` is called.
 """
 
 import linecache
@@ -21,18 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config, checked
 from ao_act24.kernels import cuda
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
-from ao_act24.passes.vocabulary import is_our_op
+from ao_act24.passes.vocabulary import ancestors, is_our_op
 from ao_act24.phases import ignored
 from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
 from ao_act24.when import MIN_DIM, least_tokens, why_dense
 
 _Forward = Callable[..., Any]
+_COMPILED_ONLY = 'only torch.compile(model, backend="ao_act24") makes training in 2:4 faster'
 
 
 def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
@@ -61,8 +62,8 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
     if checked(config).weight_grads == "sparse":
         raise ValueError('config.weight_grads must be "dense" for sparsify_; with the backend it may be "sparse"')
     with ignored():  # the phase is asked for at each call
-        _visit(model, "", checked(config), verdicts)
-    if not any(map(_is_sparsified, model.modules())):
+        _visit(model, "", checked(config), verdicts, set())
+    if not any(map(is_sparsified, model.modules())):
         reasons = "; ".join(sorted({v.reason for v in verdicts})) or "no Linear→ReLU²→Linear block could be traced"
         message = f"ao_act24.sparsify_ rewrote nothing: {reasons}. ao_act24.explain(model, *inputs) lists every site."
         warnings.warn(message, Act24Warning, stacklevel=2)
@@ -71,22 +72,25 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
 
 def unsparsify_(model: nn.Module) -> int:
     """Undo ``sparsify_`` on ``model`` and everything in it. Returns the number of modules that were restored."""
-    sparsified = [module for module in model.modules() if _is_sparsified(module)]
+    sparsified = [module for module in model.modules() if is_sparsified(module)]
     for module in sparsified:
         del module.forward, module._replicate_for_data_parallel
     return len(sparsified)
 
 
-def _is_sparsified(module: nn.Module) -> bool:
+def is_sparsified(module: nn.Module) -> bool:
     return hasattr(module.__dict__.get("forward"), "_act24_verdicts")
 
 
-def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Verdict]) -> None:
-    """Rewrite ``module`` and everything in it, innermost first; what holds several matrices is opaque to its parent."""
-    if _is_sparsified(module):
+def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Verdict], warned: set[str]) -> None:
+    """Rewrite ``module`` and everything in it, innermost first; what holds several matrices is opaque to its parent.
+
+    ``warned``: what has been said already, by all of them.
+    """
+    if is_sparsified(module):
         verdicts.extend(verdict.within(path) for verdict in module.forward._act24_verdicts)  # type: ignore[attr-defined]
     for name, child in module.named_children():
-        _visit(child, f"{path}.{name}".lstrip("."), config, verdicts)
+        _visit(child, f"{path}.{name}".lstrip("."), config, verdicts, warned)
     own = sum(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
     own += sum(min(matrices(child), 1) for child in module.children())  # several: say a LoRA adapter around one
     if own < 2 or is_patched(module):
@@ -103,7 +107,7 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         for graph_module, sites, calls in zip((train, evaluate), found, traced)
     ]
     if any(forwards):
-        forward = _dispatcher(module, *forwards)
+        forward = _dispatcher(module, *forwards, warned)
         forward._act24_verdicts = here  # type: ignore[attr-defined]
         module.forward = types.MethodType(forward, module)
         module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
@@ -125,6 +129,7 @@ class _Generated:
     biased: set[str]  # the linear layers among them that have a bias
     weights: dict[str, bool]  # what sparse_mm multiplies by, and whether it is [hidden_dim, model_dim]
     least: dict[str, int]  # of these weights, the tokens from which on 2:4 pays: Dynamo would trace how it is found
+    sources: list[str]  # submodules and tensors that sparse_mm's results come from
     config: Act24Config
 
 
@@ -152,8 +157,10 @@ def _generate(
         if name in traced or not isinstance(child, nn.Dropout)  # else never called
     ]
     weights = {}
+    sources: set[Node] = set()
     for node in graph.nodes:
         if is_our_op(node, "sparse_mm"):
+            sources |= ancestors(node)
             weight = node.args[2]
             transposed = weight.op == "call_method" and weight.target == "t"
             weight = weight.args[0] if transposed else weight
@@ -163,10 +170,11 @@ def _generate(
     shapes = {name: attribute(module, name).shape for name in weights}
     sizes = {name: shape[::-1] if weights[name] else shape for name, shape in shapes.items()}
     least = {name: least_tokens(*size) if min(size) >= MIN_DIM else 0 for name, size in sizes.items()}
-    return _Generated(namespace["forward"], inlined, biased, weights, least, config)
+    names = sorted({str(node.target) for node in sources if node.op in ("call_module", "get_attr")})
+    return _Generated(namespace["forward"], inlined, biased, weights, least, names, config)
 
 
-def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generated | None) -> _Forward:
+def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generated | None, warned: set[str]) -> _Forward:
     """The new forward: the generated one for the module's mode if its conditions hold, else the original."""
     original = type(module).forward
     parameters = forward_parameters(original)
@@ -174,7 +182,6 @@ def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generate
     positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     required = required_names(parameters)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    warned = set()
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         generated = train if self.training else evaluate
@@ -193,12 +200,14 @@ def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generate
             return original(self, *args, **kwargs)  # torch.func's transforms do not know the operators
         inputs = [given[name] for name in required]
         changed = _changed(self, generated, inputs)
-        if not changed:
-            dense = _stays_dense(self, generated, inputs)
-            return original(self, *args, **kwargs) if dense else generated.run(self, *inputs)
-        if not torch.compiler.is_compiling() and changed not in warned:
-            warned.add(changed)
-            warnings.warn(f"{changed}: {type(self).__name__} runs dense", Act24Warning, stacklevel=2)
+        reason = changed or _stays_dense(self, generated, inputs)
+        if not reason:
+            return generated.run(self, *inputs)
+        if (changed or reason == _COMPILED_ONLY) and not torch.compiler.is_compiling():
+            message = f"{reason}: {type(self).__name__} runs dense"
+            if message not in warned:
+                warned.add(message)
+                warnings.warn(message, Act24Warning, stacklevel=2)
         return original(self, *args, **kwargs)
 
     forward.__wrapped__ = next(g.run for g in (train, evaluate) if g)  # type: ignore[attr-defined]  # for inspect.getsource
@@ -244,14 +253,28 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
     if not inputs or inputs[0].ndim == 0:
         return ""
     device, tokens = inputs[0].device, inputs[0].numel() // inputs[0].shape[-1]
+    training = device.type == "cuda" and not generated.config.emulate and _trains(module, generated, inputs)
+    if training and torch.compiler.is_compiling():  # before Dynamo guards on the number of tokens
+        return _COMPILED_ONLY
     for path, transposed in generated.weights.items():
         weight = attribute(module, path).t() if transposed else attribute(module, path)
-        training = torch.is_grad_enabled() and (weight.requires_grad or inputs[0].requires_grad)
-        if training and device.type == "cuda" and not generated.config.emulate:
-            return 'only torch.compile(model, backend="ao_act24") makes training faster: dense here'
         dtype = _dtype(device, weight)
         model_dim, hidden_dim = weight.shape
-        size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), training)
+        size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), False)
         if reason := why_dense(device, dtype, *size, generated.config, generated.least[path]):
             return reason
-    return ""
+    return _COMPILED_ONLY if training else ""
+
+
+def _trains(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> bool:
+    """Whether autograd would record the 2:4 matmuls."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(x.requires_grad for x in inputs):
+        return True
+    for path in generated.sources:
+        source = attribute(module, path)
+        tensors = source.parameters() if isinstance(source, nn.Module) else [source]
+        if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return True
+    return False

@@ -108,9 +108,10 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, least=None) ->
         least = least_tokens(int(model_dim), int(hidden_dim), most)
     if tokens >= least:
         return ""
+    if torch.compiler.is_compiling():  # Dynamo takes a SymInt for an int, and breaks the graph where a text names one
+        return "2:4 pays from more tokens on at this size"
     some_fewer = ""
-    # One graph for each number of tokens. Dynamo, where it traces this, takes a SymInt for an int.
-    if not torch.compiler.is_compiling() and isinstance(tokens, int) and tokens >= MIN_TOKENS:
+    if isinstance(tokens, int) and tokens >= MIN_TOKENS:  # one graph for each number of tokens
         if waste(tokens, int(model_dim), int(hidden_dim)) <= most:
             return ""
         some_fewer = ", and at some fewer"
@@ -119,12 +120,28 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, least=None) ->
     return f"2:4 pays from {least} tokens on at this size{some_fewer}, got {tokens}: dense is faster here"
 
 
-def sparse_grads_pay(device, tokens, model_dim, hidden_dim) -> bool:  # type: ignore[no-untyped-def]
-    """Whether gradients of weights in 2:4 along tokens are faster than exact ones, in an FFN that runs in 2:4."""
-    if device.type in ("cpu", "meta"):
-        return True
-    waste = schedule.waste(int(hidden_dim), int(model_dim), CLUSTERS)
-    return waste <= MAX_WASTE and bool(tokens * model_dim * hidden_dim >= MIN_SPARSE_GRADS)
+def where_dynamic(device, tokens, model_dim, hidden_dim, training, config) -> str:  # type: ignore[no-untyped-def]
+    """Where an FFN that runs in 2:4 would not, were the number of tokens dynamic: one bound is asked then."""
+    if device.type in ("cpu", "meta") or config.emulate or not isinstance(tokens, int):
+        return ""
+    least = least_tokens(int(model_dim), int(hidden_dim), MAX_TRAINING_WASTE if training else MAX_WASTE)
+    if tokens >= least:
+        return ""
+    if least == NEVER:
+        return "not where the number of tokens is dynamic"
+    return f"where the number of tokens is dynamic, only from {least} on"
+
+
+def why_exact_grads(device, tokens, model_dim, hidden_dim, config) -> str:  # type: ignore[no-untyped-def]
+    """Why gradients of weights stay exact in an FFN that runs in 2:4; empty if in 2:4 along tokens they are faster."""
+    if device.type in ("cpu", "meta") or config.emulate:
+        return ""
+    if schedule.waste(int(hidden_dim), int(model_dim), CLUSTERS) > MAX_WASTE:
+        return f"a gradient of {hidden_dim} x {model_dim} does not fill the GPU evenly"
+    if tokens * model_dim * hidden_dim < MIN_SPARSE_GRADS:
+        least = -(-MIN_SPARSE_GRADS // (model_dim * hidden_dim))
+        return f"sparse ones pay from {least} tokens on at this size, got {tokens}"
+    return ""
 
 
 @functools.lru_cache(maxsize=1024)

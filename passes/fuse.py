@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ao_act24 import ops
 from ao_act24.config import Act24Config
 from ao_act24.fingerprint import source_digest
-from ao_act24.when import sparse_grads_pay, why_not_fused
+from ao_act24.when import why_exact_grads, why_not_fused
 
 from .find import Site
 from .relu2 import strip
@@ -85,9 +85,8 @@ def _fuse_for_training(pair: Node, up: Linear, config: Act24Config) -> None:
 
     first = (cast(tensor) for tensor in (up.input, *parameters(emit, up)))
     h, rows = value(up.node), value(weight).shape[0]
-    sparse = config.weight_grads == "sparse" and (
-        config.emulate or sparse_grads_pay(h.device, math.prod(h.shape[:-1]), rows, h.shape[-1])
-    )
+    size = (math.prod(h.shape[:-1]), rows, h.shape[-1])
+    sparse = config.weight_grads == "sparse" and not why_exact_grads(h.device, *size, config)
     arguments = (*first, cast(weight), cast(bias), sparse)
     ffn = emit.call(ops.relu2_ffn.default, *arguments, name=f"relu2_ffn_{source_digest()[:8]}")
     out = emit.call(operator.getitem, ffn, 0)

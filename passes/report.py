@@ -42,6 +42,7 @@ class Verdict:
         hidden_dim: the hidden size H, or None.
         dtype, device: of the hidden activation, or of the weight where the graph does not say.
         source: the line of code that multiplies by the down projection.
+        remark: what else ``explain`` has to say of a site that runs in 2:4.
     """
 
     path: str
@@ -54,6 +55,7 @@ class Verdict:
     dtype: str
     device: str
     source: str
+    remark: str = ""
 
     def within(self, prefix: str, instead_of: str = "") -> "Verdict":
         """The same verdict with ``path`` seen from a module further out, which knows ``instead_of`` as ``prefix``."""
@@ -99,14 +101,14 @@ class Report:
         from rich.text import Text
 
         table = Table(title=self.summary(), title_justify="left")
-        for column in ("site", "activation", "x → hidden → out", "dtype", "2:4", "why not"):
+        for column in ("site", "activation", "x → hidden → out", "dtype", "2:4", "remarks"):
             table.add_column(column, overflow="fold", no_wrap=column == "site")
         for v in self.verdicts:
             shapes = f"{_shape(v.x)} → {'?' if v.hidden_dim is None else v.hidden_dim} → {_shape(v.out)}"
             mark = Text("yes", "green") if v.rewritten else Text("no", "yellow")
             site = v.path or (v.source if len(v.source) <= 40 else v.source[:39] + "…")
             cells = (site, v.activation, shapes, f"{v.dtype} {v.device}".strip())
-            table.add_row(*map(Text, cells), mark, Text(v.reason))  # Text: brackets are no markup
+            table.add_row(*map(Text, cells), mark, Text(v.reason or v.remark))  # Text: brackets are no markup
         return Group(table if self.verdicts else self.summary(), *map(Text, self.notes))
 
     def __str__(self) -> str:

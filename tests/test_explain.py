@@ -1,6 +1,7 @@
 """explain and measure."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ao_act24
-from ao_act24 import autograd, ops
+from ao_act24 import Act24Config, autograd, ops, transform
 from ao_act24.measure import across_tokens
 
 
@@ -185,6 +186,68 @@ def test_functions_and_already_transformed_models():
     model = Model()
     ao_act24.sparsify_(model)
     assert [v.rewritten for v in ao_act24.explain(model, torch.randn(6, 16))] == [True, False, True]
+
+
+class OnGpu:
+    def __init__(self, tensor):
+        self.device, self.shape, self.requires_grad = torch.device("cuda", 0), tensor.shape, tensor.requires_grad
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What ``explain`` itself asks of a graph's tensors, it is told as if they lay on a GPU."""
+    module = importlib.import_module("ao_act24.explain")
+    value = module.value
+    monkeypatch.setattr(module, "value", lambda node: OnGpu(value(node)))
+
+
+def test_what_sparsify_leaves_dense_in_training_is_noted(gpu, monkeypatch):
+    model, x = MLP(), torch.randn(6, 16)
+    assert ao_act24.explain(model, x).notes == (), "the backend trains it in 2:4"
+    ao_act24.sparsify_(model)
+    assert ao_act24.explain(model, x).notes == (), "in 2:4 as it is"
+    monkeypatch.setattr(transform, "_stays_dense", lambda *_: transform._COMPILED_ONLY)
+    report = ao_act24.explain(model, x)
+    assert len(report.rewritten) == 1 and "trains dense on a GPU by itself" in report.notes[0]
+    with torch.no_grad():
+        assert ao_act24.explain(model, x).notes == ()
+
+
+def remark(model, tokens, dim=2048, **config):
+    (verdict,) = ao_act24.explain(model, torch.empty(tokens, dim, device="meta"), config=Act24Config(**config))
+    assert verdict.rewritten
+    return verdict.remark
+
+
+def test_what_a_dynamic_number_of_tokens_would_change_is_said(gpu, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    with torch.device("meta"):
+        model, uneven = MLP(dim=2048, hidden=8192), MLP(dim=832, hidden=832)
+    with torch.no_grad():
+        assert remark(model, 2048) == "where the number of tokens is dynamic, only from 3201 on"
+        assert remark(model, 3201) == "" == remark(model, 2048, emulate=True)
+        assert remark(uneven, 4096, 832) == "not where the number of tokens is dynamic"
+        x = torch.empty(2048, 2048, device="meta")
+        assert "is dynamic, only from 3201 on" in str(ao_act24.explain(model, x))
+        torch._dynamo.mark_dynamic(x, 0)
+        assert ao_act24.explain(model, x).verdicts[0].remark == ""
+    assert remark(model, 5120) == "where the number of tokens is dynamic, only from 11009 on"
+
+
+def test_whether_gradients_of_weights_are_sparse_is_said(gpu):
+    with torch.device("meta"):
+        model = MLP(dim=2048, hidden=8192)
+    few = "gradients of weights are exact: sparse ones pay from 8192 tokens on at this size, got 8191"
+    assert remark(model, 16384) == ""
+    assert remark(model, 16384, weight_grads="sparse") == "gradients of weights are sparse"
+    assert remark(model, 8191, weight_grads="sparse").endswith(f"11009 on; {few}")
+    assert remark(model, 8191, weight_grads="sparse", emulate=True) == "gradients of weights are sparse"
+    with torch.no_grad():
+        assert remark(model, 16384, weight_grads="sparse") == ""
+    model.activation = lambda h: F.relu(h).square().view(-1, 1, 8192)
+    assert remark(model, 16384, weight_grads="sparse") == (
+        "gradients of weights are exact: view stands between ReLU² and the down projection"
+    )
 
 
 def test_a_hidden_size_that_four_does_not_divide():

@@ -215,6 +215,16 @@ def test_compiled_by_backend(backend):
     assert [v.rewritten for v in report] == [True]
 
 
+def test_trained_by_our_backend():
+    """Which joins the operators that it finds."""
+    model, x = nn.Sequential(FFN(), FFN()), data()
+    sparsify_(model)
+    want = outcome(oracle(model), x)
+    got = outcome(torch.compile(model, backend="ao_act24", fullgraph=True), x)
+    assert_close({name.removeprefix("_orig_mod."): tensor for name, tensor in got.items()}, want)
+    assert ao_act24.capture_graphs(model, x).after[0].count("ao_act24.relu2_ffn") == 2
+
+
 def test_falls_back_under_compile():
     model, x = FFN(p=0.5).eval(), data(grad=False)
     sparsify_(model)

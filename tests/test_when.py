@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ao_act24
@@ -62,6 +63,22 @@ def test_the_rule_keeps_to_what_the_schedule_wastes(size):
     assert all((why == "") == (when.waste(tokens, *size) <= when.MAX_WASTE) for tokens, why in answers.items())
 
 
+def test_dynamo_guards_on_the_bound_alone(monkeypatch):
+    """Not on each number of tokens, though the reason names it."""
+    monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
+    sizes, config, counter = (2048, 8192, True, False), ao_act24.Act24Config(), CompileCounter()
+    least = when.least_tokens(2048, 8192)
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def dense(x):
+        gpu = torch.device("cuda", 0)
+        return x + 1 if when.why_dense(gpu, torch.bfloat16, x.shape[0], *sizes, config, least) else x
+
+    for tokens in (7, 1500, 2048, least - 1, least, least + 1, 8192, 9999):
+        assert dense(torch.zeros(tokens)).all() == (tokens < least)
+    assert counter.frame_count == 2
+
+
 def on_a_gpu(function, *sizes):
     """The one site of ``function`` in training, its operands on a GPU as far as the graph knows."""
     graph = torch.fx.symbolic_trace(function).graph
@@ -101,6 +118,13 @@ def test_training_on_a_gpu_is_in_one_operator_or_dense(between, reason, monkeypa
 
 def test_sparse_gradients_of_weights_where_they_pay():
     gpu = torch.device("cuda", 0)
-    assert when.sparse_grads_pay(gpu, 16384, 2048, 8192) and when.sparse_grads_pay(torch.device("cpu"), 4, 8, 8)
-    assert not when.sparse_grads_pay(gpu, 4096, 2048, 8192), "few tokens"
-    assert not when.sparse_grads_pay(gpu, 65536, 768, 3072), "a gradient that does not fill the GPU evenly"
+    config, emulate = ao_act24.Act24Config(), ao_act24.Act24Config(emulate=True)
+    assert when.why_exact_grads(torch.device("cpu"), 4, 8, 8, config) == ""
+    for *size, reason in (
+        (16384, 2048, 8192, ""),
+        (8192, 2048, 8192, ""),
+        (8191, 2048, 8192, "sparse ones pay from 8192 tokens on at this size, got 8191"),
+        (65536, 768, 3072, "a gradient of 3072 x 768 does not fill the GPU evenly"),
+    ):
+        assert when.why_exact_grads(gpu, *size, config) == reason
+        assert when.why_exact_grads(gpu, *size, emulate) == ""
