@@ -5,36 +5,37 @@ longer than if all worked alike (``kernels/schedule.py``). Dense over 2:4 time o
 ``torch.compile`` (the faster of its modes where both were measured), both in a CUDA graph, one H200::
 
     T x D x H                   waste  dense / 2:4  both multiplied
-    1536 x 4096 x 16384          1.03         1.26     1.30
-    4096 x 4096 x 16384          1.04         1.24     1.30
-    1024 x 4096 x 16384          1.07         1.21     1.30
-    2048 x 2048 x  8192          1.07         1.22     1.30
-    4096 x 1024 x  4096          1.07         1.24     1.32
-    1152 x 4096 x 16384          1.15         1.12     1.29
+    4096 x 4096 x 16384          1.04         1.25     1.30
+    4096 x 8192 x 32768          1.04         1.26     1.31
+    1024 x 4096 x 16384          1.07         1.22     1.31
+    2048 x 2048 x  8192          1.07         1.23     1.31
+    4096 x 1024 x  4096          1.07         1.24     1.33
+    1152 x 4096 x 16384          1.15         1.12     1.28
     1552 x 3584 x 14336          1.17         1.12     1.31
-    4096 x  768 x  3072          1.18         1.27     1.50
-    1168 x 4608 x 18432          1.21         1.17     1.41    fp16: 1.19
-    1024 x 2048 x  8192          1.22         1.06     1.30
-    1728 x 3584 x 14336          1.24         1.05     1.30
-    1648 x 2560 x 10240          1.25         0.99     1.24
-    1440 x 2304 x 13824          1.25         1.14     1.43
-    2112 x 2048 x  8192          1.25         1.13     1.41    fp16: 1.14
-    2048 x  768 x  3072          1.33         1.09     1.44
-    1025 x 4096 x  8192          1.40         0.96     1.34
-    1049 x 3328 x 13312          1.49         0.86     1.28
-    1079 x 2304 x 13824          1.67         0.80     1.33
-    1024 x 1024 x  4096          1.71         0.95     1.62
+    4096 x  768 x  3072          1.18         1.31     1.55
+    1665 x 4096 x 16384          1.20         1.10     1.33
+    1168 x 4608 x 18432          1.21         1.16     1.39    fp16: 1.16
+    1488 x 2048 x  8192          1.22         1.12     1.36    fp16: 1.15
+    1680 x 4096 x  8192          1.22         1.14     1.38
+    1376 x 3328 x 13312          1.22         1.09     1.33
+    2736 x 2304 x 13824          1.22         1.03     1.25
+    1024 x 2048 x  8192          1.22         1.07     1.31
+    1648 x 2560 x 10240          1.25         1.00     1.25
+    2048 x  768 x  3072          1.33         1.00     1.34
+    1049 x 3328 x 13312          1.49         0.86     1.29
+    1079 x 2304 x 13824          1.67         0.81     1.35
+    1024 x 1024 x  4096          1.71         0.89     1.52
 
-Multiplied, they are 1.24 and more: so 2:4 is no slower wherever ``waste`` is up to 1.22. From ``least_tokens`` on it
-is, for any number of tokens; below, for some. (Seen in two runs of 2026-11-25. ``benchmarks/results/hopper.json`` is of
-an earlier rule, which did not know of waste: 2:4 from 2**35 multiplications on.)
+Multiplied, they are 1.25 and more: so 2:4 is no slower wherever ``waste`` is up to 1.22. From ``least_tokens`` on it
+is, for any number of tokens; below, for some. (``benchmarks/results/hopper.json``, 20 more sizes in it: ``python
+benchmarks/hopper.py --only tokens`` at 666f0af.)
 
 In training, forward and backward, over the same (``--only training`` and, marked *, seen), gradients of weights exact
 or in 2:4 along tokens::
 
     T x D x H                   waste    exact   sparse
-    16384 x 2048 x  8192         1.03     1.11     1.19
-     8192 x 4096 x 16384         1.03     1.12     1.22
+    16384 x 2048 x  8192         1.03     1.11     1.20
+     8192 x 4096 x 16384         1.03     1.12     1.23
     32768 x 4096 x 16384         1.01     1.14     1.28
      2048 x 4096 x 16384         1.07     1.05     1.10  *
      4096 x 2048 x  8192         1.07     1.05     0.91  *
