@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import ao_act24
-from ao_act24 import Schedule
+from ao_act24 import Act24Config, Schedule
 from ao_act24.phases import PHASE
 
 
@@ -71,39 +71,48 @@ def test_phases(way):
     assert not any(others) and (all(at_changes) or way == "sparsify_"), "each phase is compiled once"
 
 
-def test_a_resumed_run_gives_the_same_losses(tmp_path):
-    data = torch.randn(6, 16, 8)
+@pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
+@pytest.mark.parametrize("stop", [3, 6])  # in the warm-up, after it
+def test_a_resumed_run_gives_the_same_losses(stop, weight_grads, tmp_path):
+    data = torch.randn(8, 64, 8)
 
-    def start():
+    def start(how=weight_grads):
         ffns = model()
-        return ffns, torch.compile(ffns, backend="ao_act24", fullgraph=True)
+        backend = ao_act24.Act24Backend(Act24Config(weight_grads=how))
+        parts = {
+            "ffns": ffns,
+            "optimizer": torch.optim.AdamW(ffns.parameters(), lr=1e-2),
+            "schedule": Schedule(warmup_steps=4),
+        }
+        return torch.compile(ffns, backend=backend, fullgraph=True), parts
 
-    def train(ffns, run, schedule, optimizer, part):
+    def train(run, parts, batches):
         losses = []
-        for x in part:
+        for x in batches:
             loss = run(x).square().mean()
             loss.backward()
-            losses.append(float(loss))
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+            losses.append(float(loss.detach()))
+            parts["optimizer"].step()
+            parts["optimizer"].zero_grad()
+            parts["schedule"].step()
         return losses
 
-    ffns, run = start()
-    schedule, optimizer = Schedule(warmup_steps=4), torch.optim.AdamW(ffns.parameters(), lr=1e-2)
-    want = train(ffns, run, schedule, optimizer, data[:3])
-    parts = {"ffns": ffns, "optimizer": optimizer, "schedule": schedule}
+    run, parts = start()
+    want = train(run, parts, data[:stop])
     torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "checkpoint")
-    want += train(ffns, run, schedule, optimizer, data[3:])
-    schedule.close()
+    want += train(run, parts, data[stop:])
+    parts["schedule"].close()
 
-    ffns, run = start()
-    schedule, optimizer = Schedule(warmup_steps=4), torch.optim.AdamW(ffns.parameters(), lr=1e-2)
-    kept = torch.load(tmp_path / "checkpoint")
-    for name, part in {"ffns": ffns, "optimizer": optimizer, "schedule": schedule}.items():
-        part.load_state_dict(kept[name])
-    assert schedule.steps == 3
-    assert train(ffns, run, schedule, optimizer, data[3:]) == want[3:]
+    run, parts = start()
+    for name, state in torch.load(tmp_path / "checkpoint").items():
+        parts[name].load_state_dict(state)
+    assert parts["schedule"].steps == stop and parts["schedule"].dense == (stop < 4)
+    assert train(run, parts, data[stop:]) == want[stop:]
+    parts["schedule"].close()
+
+    if weight_grads == "sparse":  # which the losses show
+        exact = train(*start("dense"), data)
+        assert exact[:5] == want[:5] and exact[6:] != want[6:]
 
 
 def test_models_that_were_compiled_before_or_are_others():

@@ -4,10 +4,14 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch._dynamo.utils import counters
+
+from ao_act24 import autograd
 
 STUDY = Path(__file__).parent.parent / "benchmarks" / "training"
 
@@ -32,6 +36,53 @@ def test_study(tmp_path):
         (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps({**result, "arm": arm, "seed": seed}))
     out = run("plot.py", str(tmp_path))
     assert "dense" in out and "no-split" not in out and (tmp_path / "study.png").stat().st_size > 10_000
+
+
+SPLIT, EXACT = 0.05, "exact"
+ARMS = {  # dense looks before, between and after two steps; gradients of weights: permuted and split, if not exact
+    "dense": ((False, False, False), set()),
+    "full": ((True, False, False), {(True, SPLIT)}),
+    "no-warm-up": ((False, False, False), {(True, SPLIT)}),
+    "no-permutation": ((True, False, False), {(False, SPLIT)}),
+    "no-split": ((True, False, False), {(True, 0.0)}),
+    "exact": ((True, False, False), {EXACT}),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_step_of_each_arm_is_what_the_arm_is_called(arm, monkeypatch):
+    """One before the warm-up ends and one after it."""
+    monkeypatch.syspath_prepend(STUDY)
+    import study
+
+    assert set(study.ARMS) == set(ARMS)
+    source = torch.randint(256, (2, 1000), dtype=torch.uint8)
+    monkeypatch.setattr(study, "text", lambda megabytes: (*source, "random"))
+    for name in ("PERMUTED", "DENSE_SHARE"):  # which an arm sets
+        monkeypatch.setattr(autograd, name, getattr(autograd, name))
+    traced, how = (
+        set(),
+        {
+            "_feature_wise_grads": lambda: (autograd.PERMUTED, autograd.DENSE_SHARE),
+            "_exact_grads": lambda: EXACT,
+        },
+    )
+
+    def spied(run, noted):
+        def spy(*arguments):
+            traced.add(noted())
+            return run(*arguments)
+
+        return spy
+
+    for name, noted in how.items():
+        monkeypatch.setattr(autograd, name, spied(getattr(autograd, name), noted))
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # all is traced; what is the same is compiled once
+        result = study.train(arm, 3, replace(study.TINY, layers=1, steps=2, warmup=1, every=1))
+    dense, gradients = ARMS[arm]
+    assert tuple(look["dense"] for look in result["looks"]) == dense and traced == gradients
+    assert len(result["losses"]) == 2 and all(5 < loss < 7 for loss in result["losses"]), "about log 256, untrained"
+    assert (result["looks"][0]["loss"] != result["looks"][2]["loss"]) and result["arm"] == arm
 
 
 def test_step(tmp_path):
