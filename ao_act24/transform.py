@@ -33,7 +33,7 @@ from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched,
 from ao_act24.when import MIN_DIM, least_tokens, why_dense
 
 _Forward = Callable[..., Any]
-_COMPILED_ONLY = 'only torch.compile(model, backend="ao_act24") makes training in 2:4 faster'
+_COMPILED_ONLY = 'only torch.compile(model, backend="ao_act24") makes training in 2:4 faster (inference: torch.no_grad)'
 
 
 def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
@@ -107,7 +107,7 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         for graph_module, sites, calls in zip((train, evaluate), found, traced)
     ]
     if any(forwards):
-        forward = _dispatcher(module, *forwards, warned)
+        forward = _dispatcher(module, warned, *forwards)
         forward._act24_verdicts = here  # type: ignore[attr-defined]
         module.forward = types.MethodType(forward, module)
         module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
@@ -174,7 +174,7 @@ def _generate(
     return _Generated(namespace["forward"], inlined, biased, weights, least, names, config)
 
 
-def _dispatcher(module: nn.Module, train: _Generated | None, evaluate: _Generated | None, warned: set[str]) -> _Forward:
+def _dispatcher(module: nn.Module, warned: set[str], train: _Generated | None, evaluate: _Generated | None) -> _Forward:
     """The new forward: the generated one for the module's mode if its conditions hold, else the original."""
     original = type(module).forward
     parameters = forward_parameters(original)

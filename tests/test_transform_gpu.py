@@ -58,7 +58,7 @@ def warned(model, x):
     return [str(warning.message) for warning in caught]
 
 
-MESSAGE = 'only torch.compile(model, backend="ao_act24") makes training in 2:4 faster: MLP runs dense'
+MESSAGE = f"{transform._COMPILED_ONLY}: MLP runs dense"
 
 
 def test_training_that_stays_dense_is_said_once():
