@@ -17,17 +17,17 @@ import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config, checked
 from ao_act24.kernels import cuda
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
-from ao_act24.passes.vocabulary import ancestors, is_our_op
+from ao_act24.passes.vocabulary import ancestors, cast_dtype, is_our_op, weight_origin
 from ao_act24.phases import ignored
 from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
 from ao_act24.when import MIN_DIM, least_tokens, why_dense
@@ -120,6 +120,11 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
     return replica
 
 
+class _Weight(NamedTuple):
+    transposed: bool  # [hidden_dim, model_dim]
+    cast: torch.dtype | bool  # True: to another tensor's dtype, the input's
+
+
 @dataclass
 class _Generated:
     """A generated forward, and what must still hold when it is called."""
@@ -127,7 +132,7 @@ class _Generated:
     run: _Forward
     inlined: list[tuple[str, type[nn.Module]]]  # submodules whose code was traced, and so is not called any more
     biased: set[str]  # the linear layers among them that have a bias
-    weights: dict[str, bool]  # what sparse_mm multiplies by, and whether it is [hidden_dim, model_dim]
+    weights: dict[str, _Weight]  # what sparse_mm multiplies by
     least: dict[str, int]  # of these weights, the tokens from which on 2:4 pays: Dynamo would trace how it is found
     sources: list[str]  # submodules and tensors that sparse_mm's results come from
     config: Act24Config
@@ -156,19 +161,15 @@ def _generate(
         if name and name not in called and not name.startswith(inside_called)
         if name in traced or not isinstance(child, nn.Dropout)  # else never called
     ]
+    products = [node for node in graph.nodes if is_our_op(node, "sparse_mm")]
     weights = {}
-    sources: set[Node] = set()
-    for node in graph.nodes:
-        if is_our_op(node, "sparse_mm"):
-            sources |= ancestors(node)
-            weight = node.args[2]
-            transposed = weight.op == "call_method" and weight.target == "t"
-            weight = weight.args[0] if transposed else weight
-            if weight.op == "get_attr":
-                weights[str(weight.target)] = transposed
+    for product in products:
+        weight, transposed, cast = weight_origin(product.args[2])
+        weights[str(weight.target)] = _Weight(transposed, cast is not None and (cast_dtype(cast) or True))
+    sources = set().union(*map(ancestors, products))
     biased = {name for name, _ in inlined if getattr(module.get_submodule(name), "bias", None) is not None}
     shapes = {name: attribute(module, name).shape for name in weights}
-    sizes = {name: shape[::-1] if weights[name] else shape for name, shape in shapes.items()}
+    sizes = {name: shape[::-1] if weights[name].transposed else shape for name, shape in shapes.items()}
     least = {name: least_tokens(*size) if min(size) >= MIN_DIM else 0 for name, size in sizes.items()}
     names = sorted({str(node.target) for node in sources if node.op in ("call_module", "get_attr")})
     return _Generated(namespace["forward"], inlined, biased, weights, least, names, config)
@@ -230,22 +231,23 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
             return f"{path} drops with p={child.p}"
         if isinstance(child, nn.Linear) and child.bias is not None and path not in generated.biased:
             return f"{path} has a bias, and had none when sparsify_ looked"
-    for path, transposed in generated.weights.items():
+    for path, (transposed, _) in generated.weights.items():
         weight = attribute(module, path)
         if is_traceable_wrapper_subclass(weight):
             return f"{path} became a {type(weight).__name__}"
         if weight.shape[0 if transposed else -1] % 4:
             return f"{path} now has shape {tuple(weight.shape)}"
-    if inputs and inputs[0].is_cuda and generated.weights and not generated.config.emulate:
-        return cuda.why_not(
-            inputs[0].device, _dtype(inputs[0].device, attribute(module, next(iter(generated.weights))))
-        )
+    if inputs and inputs[0].is_cuda and not generated.config.emulate:
+        path, (_, cast) = next(iter(generated.weights.items()))
+        return cuda.why_not(inputs[0].device, _dtype(inputs[0], attribute(module, path), cast))
     return ""
 
 
-def _dtype(device: torch.device, weight: Tensor) -> torch.dtype:
+def _dtype(x: Tensor, weight: Tensor, cast: torch.dtype | bool) -> torch.dtype:
     """In which a matmul with ``weight`` runs."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return cast if isinstance(cast, torch.dtype) else x.dtype if cast else weight.dtype
 
 
 def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> str:
@@ -256,9 +258,9 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
     training = device.type == "cuda" and not generated.config.emulate and _trains(module, generated, inputs)
     if training and torch.compiler.is_compiling():  # before Dynamo guards on the number of tokens
         return _COMPILED_ONLY
-    for path, transposed in generated.weights.items():
+    for path, (transposed, cast) in generated.weights.items():
         weight = attribute(module, path).t() if transposed else attribute(module, path)
-        dtype = _dtype(device, weight)
+        dtype = _dtype(inputs[0], weight, cast)
         model_dim, hidden_dim = weight.shape
         size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), False)
         if reason := why_dense(device, dtype, *size, generated.config, generated.least[path]):

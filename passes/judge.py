@@ -67,8 +67,8 @@ def down_weight(site: Site) -> tuple[Any, bool]:
     if site.down.node.op == "call_module":
         return submodule(site.down.node).weight, False
     assert site.down.weight is not None
-    weight, transposed = weight_origin(site.down.weight)
-    return weight, transposed != site.down.transposed
+    origin = weight_origin(site.down.weight)
+    return value(origin.node), origin.transposed != site.down.transposed
 
 
 def hidden_size(site: Site):  # type: ignore[no-untyped-def]  # int, SymInt or None

@@ -240,16 +240,26 @@ def ancestors(node: Node) -> set[Node]:
     return found
 
 
-def weight_origin(node: Node) -> tuple[Any, bool]:
-    """The value of a weight, or of the tensor that it is a cast or transposed copy of, and whether it is transposed."""
-    transposed = False
+class Origin(NamedTuple):
+    """Where a weight comes from: ``node`` is it, or what it is a cast or transposed copy of."""
+
+    node: Node
+    transposed: bool
+    cast: Node | None  # the last one
+
+
+def weight_origin(node: Node) -> Origin:
+    """As far back as to a value that is known."""
+    transposed, cast = False, None
     while value(node) is None and node.args and isinstance(node.args[0], Node):
         if is_transpose(node):
             transposed = not transposed
-        elif op_name(node) not in _CASTS | _IDENTITIES:
+        elif op_name(node) in _CASTS:
+            cast = cast or node
+        elif op_name(node) not in _IDENTITIES:
             break
         node = node.args[0]
-    return value(node), transposed
+    return Origin(node, transposed, cast)
 
 
 def is_transpose(node: Node) -> bool:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mlp import MLP, check
 from torch import nn
 
@@ -16,7 +17,7 @@ LEAST = 16  # tokens
 class OnGpu:
     def __init__(self, x):
         self.device, self.ndim, self.shape = torch.device("cuda", 0), x.ndim, x.shape
-        self.requires_grad, self.numel = x.requires_grad, x.numel
+        self.requires_grad, self.numel, self.dtype, self.is_cuda = x.requires_grad, x.numel, x.dtype, True
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +26,12 @@ def gpu(monkeypatch):
     for module in (transform, when):
         monkeypatch.setattr(module, "MIN_DIM", 64)
     monkeypatch.setattr(transform, "least_tokens", lambda *size: LEAST)
-    stays_dense = transform._stays_dense
 
-    def as_on_a_gpu(module, generated, inputs):
-        return stays_dense(module, generated, [OnGpu(x) for x in inputs])
+    def as_on_a_gpu(check):
+        return lambda module, generated, inputs: check(module, generated, [OnGpu(x) for x in inputs])
 
-    monkeypatch.setattr(transform, "_stays_dense", as_on_a_gpu)
+    for name in ("_changed", "_stays_dense"):
+        monkeypatch.setattr(transform, name, as_on_a_gpu(getattr(transform, name)))
 
 
 def mlp(**trainable):
@@ -82,6 +83,34 @@ def test_any_weight_that_is_trained_counts(part):
     model = mlp(**{part: True})
     sparsify_(model)
     assert warned(model, data()) == [MESSAGE]
+
+
+class Cast(MLP):
+    """With weights in fp32, each cast where it is used."""
+
+    def __init__(self, cast):
+        super().__init__(dim=64, hidden=128)
+        self.cast = cast
+
+    def forward(self, x):
+        h = F.linear(x, self.cast(self.up.weight, x))
+        return F.linear(h.relu().square(), self.cast(self.down.weight, x))
+
+
+CASTS = [lambda w, x: w.to(x.dtype), lambda w, x: w.type_as(x), lambda w, x: w.bfloat16(), lambda w, x: w.t().to(x).t()]
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_weights_that_are_cast(cast):
+    model = Cast(cast)
+    sparsify_(model)
+    with torch.no_grad():
+        assert runs_sparse(model, data())
+        assert not runs_sparse(model, data(LEAST - 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not runs_sparse(model, data())
+    assert [str(warning.message) for warning in caught] == [MESSAGE.replace("MLP", "Cast")]
 
 
 def test_an_input_that_is_trained_counts():
