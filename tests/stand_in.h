@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -39,18 +40,33 @@ struct uint2 {
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 
+using std::max;
 using std::min;
 
 inline void __trap() { abort(); }
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-inline int block_sum(int value) {
-  static int sum;
+inline int of_block[256];
+template <int N>
+void block_sums(int (&values)[N]) {
+  for (int& value : values) {
+    of_block[threadIdx.x] = value;
+    __syncthreads();
+    value = std::accumulate(of_block, of_block + 256, 0);
+    __syncthreads();
+  }
+}
+inline int block_before(int& value) {
+  of_block[threadIdx.x] = value;
   __syncthreads();
-  if (threadIdx.x == 0) sum = 0;
+  const int before = std::accumulate(of_block, of_block + threadIdx.x, 0);
+  value = std::accumulate(of_block, of_block + 256, 0);
   __syncthreads();
-  __atomic_fetch_add(&sum, value, __ATOMIC_SEQ_CST);
-  __syncthreads();
-  return sum;
+  return before;
+}
+inline int __syncthreads_or(u32 value) {
+  int any[1] = {value != 0};
+  block_sums(any);
+  return any[0];
 }
 template <class T>
 T __ldg(const T* pointer) {

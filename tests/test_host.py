@@ -31,7 +31,7 @@ void run_feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* c
   if (counted) run(feature_wise_counts, (int*)totals);
   else run(feature_wise_sums, (float*)totals);
 }
-void run_densest(const int* counts, i64* index, int* slots, i64 features, i64 chosen) {
+void run_densest(const u32* counts, i64* index, int* slots, i64 features, i64 chosen) {
   launch(densest, 1, 1, counts, index, slots, features, chosen);
 }
 void run_unpack(const u16* packed, const u16* metadata, u16* dense, i64 rows, i64 width) {
@@ -122,11 +122,11 @@ def test_unpacking(tokens, hidden_dim, host):
     assert same_bits(some, reference.columns(packed, metadata, index))
 
 
-@pytest.mark.parametrize("chosen", [0, 8, 64, 576])
+@pytest.mark.parametrize("features, chosen", [(576, 0), (576, 8), (576, 64), (576, 576), (4800, 240)])
 @pytest.mark.parametrize("most", [1, 3, 40, 2**31 - 1])
-def test_the_densest(most, chosen, host):
-    counts = torch.randint(most, (576,), dtype=torch.int32)  # with many ties, and with few
+def test_the_densest(most, features, chosen, host):
+    counts = torch.randint(most, (features,), dtype=torch.int32)  # with many ties, and with few
     index, slots = reference.densest(counts, chosen)
     got = poisoned(index), poisoned(slots)
-    host("run_densest", counts, *got, 576, chosen)
+    host("run_densest", counts, *got, features, chosen)
     assert torch.equal(got[0], index) and torch.equal(got[1], slots)

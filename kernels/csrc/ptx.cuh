@@ -81,15 +81,39 @@ __device__ __forceinline__ void sync_threads(u32 barrier, u32 threads) {
 }
 
 // Over the threads of a block of whole warps.
-__device__ __forceinline__ int block_sum(int value) {
-  __shared__ int sums[32];
+template <int N>
+__device__ __forceinline__ void block_sums(int (&values)[N]) {
+  __shared__ int sums[N][32];
   const int lane = threadIdx.x % 32;
-  value = __reduce_add_sync(~0u, value);
-  if (lane == 0) sums[threadIdx.x / 32] = value;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int sum = __reduce_add_sync(~0u, values[i]);
+    if (lane == 0) sums[i][threadIdx.x / 32] = sum;
+  }
   __syncthreads();
-  value = __reduce_add_sync(~0u, lane < blockDim.x / 32 ? sums[lane] : 0);
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = __reduce_add_sync(~0u, lane < blockDim.x / 32 ? sums[i][lane] : 0);
   __syncthreads();
-  return value;
+}
+
+// The sum over the threads before this one of a block of whole warps. Afterwards `value` is that over all.
+__device__ __forceinline__ int block_before(int& value) {
+  __shared__ int sums[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int before = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int more = __shfl_up_sync(~0u, before, step);
+    if (lane >= step) before += more;
+  }
+  if (lane == 31) sums[warp] = before;
+  before -= value;
+  __syncthreads();
+  const int sum = lane < blockDim.x / 32 ? sums[lane] : 0;
+  value = __reduce_add_sync(~0u, sum);
+  before += __reduce_add_sync(~0u, lane < warp ? sum : 0);
+  __syncthreads();
+  return before;
 }
 
 // --- clusters
