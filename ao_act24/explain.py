@@ -13,7 +13,7 @@ from ao_act24.capture import is_disabled, locator, run_captured
 from ao_act24.config import Act24Config, checked
 from ao_act24.passes import Report, Verdict, examine
 from ao_act24.passes.find import Site
-from ao_act24.passes.fuse import why_apart
+from ao_act24.passes.fuse import packs_itself, why_apart
 from ao_act24.passes.vocabulary import value
 from ao_act24.transform import is_sparsified
 from ao_act24.when import where_dynamic, why_exact_grads
@@ -90,7 +90,7 @@ def _remark(site: Site, config: Act24Config) -> str:
         return ""
     *tokens, model_dim = out.shape
     size = (h.device, math.prod(tokens), model_dim, h.shape[-1])
-    remarks = [where_dynamic(*size, h.requires_grad, config)]
+    remarks = [where_dynamic(*size, h.requires_grad, h.requires_grad or packs_itself(site), config)]
     if h.requires_grad and config.weight_grads == "sparse":
         why_exact = why_apart(site) or why_exact_grads(*size, config)
         remarks.append(f"gradients of weights are {f'exact: {why_exact}' if why_exact else 'sparse'}")

@@ -170,7 +170,7 @@ def _generate(
     biased = {name for name, _ in inlined if getattr(module.get_submodule(name), "bias", None) is not None}
     shapes = {name: attribute(module, name).shape for name in weights}
     sizes = {name: shape[::-1] if weights[name].transposed else shape for name, shape in shapes.items()}
-    least = {name: least_tokens(*size) if min(size) >= MIN_DIM else 0 for name, size in sizes.items()}
+    least = {name: least_tokens(*size, packs=False) if min(size) >= MIN_DIM else 0 for name, size in sizes.items()}
     names = sorted({str(node.target) for node in sources if node.op in ("call_module", "get_attr")})
     return _Generated(namespace["forward"], inlined, biased, weights, least, names, config)
 
@@ -262,7 +262,7 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
         weight = attribute(module, path).t() if transposed else attribute(module, path)
         dtype = _dtype(inputs[0], weight, cast)
         model_dim, hidden_dim = weight.shape
-        size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), False)
+        size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), False, False)
         if reason := why_dense(device, dtype, *size, generated.config, generated.least[path]):
             return reason
     return _COMPILED_ONLY if training else ""

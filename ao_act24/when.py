@@ -26,9 +26,13 @@ longer than if all worked alike (``kernels/schedule.py``). Dense over 2:4 time o
     1079 x 2304 x 13824          1.67         0.81     1.35
     1024 x 1024 x  4096          1.71         0.89     1.52
 
-Multiplied, they are 1.25 and more: so 2:4 is no slower wherever ``waste`` is up to 1.22. From ``least_tokens`` on it
-is, for any number of tokens; below, for some. (``benchmarks/results/hopper.json``, 20 more sizes in it: ``python
-benchmarks/hopper.py --only tokens`` at 666f0af.)
+Multiplied, they are 1.25 and more. With 97 % zeros the dense FFN was 4 % faster, and by ``max-autotune`` up to 4 %: so
+2:4 runs where ``waste`` is up to 1.17. From ``least_tokens`` on it is, for any number of tokens; below, for some.
+(``benchmarks/results/hopper.json``, with 20 more sizes: ``python benchmarks/hopper.py --only tokens`` at 666f0af.)
+
+Where the first matmul does not pack its own result, only the second is ours, and its waste alone is asked: that gains
+at most half as much, and was not measured. Nor were shorter K than 3072 and 768, hidden_dim below twice model_dim, and
+GPUs with fewer multiprocessors: all dense.
 
 In training, forward and backward, over the same (``--only training`` and, marked *, seen), gradients of weights exact
 or in 2:4 along tokens::
@@ -46,9 +50,10 @@ or in 2:4 along tokens::
 Where the sparse ones lose, it is by launching: some 20 kernels more, one FFN at a time. So they run from 2**37
 multiplications on, exact ones below. More uneven sizes were not measured in training: it stays dense above 1.06.
 
-Called one by one, without a graph, 2:4 is no slower at the small sizes either: launching binds, and takes less time.
-Fewer than 1024 tokens bind both matmuls to reading the weights, which 2:4 activations do not make smaller. Other Hopper
-cards, with less power or memory bandwidth for dense and 2:4 alike, were not measured.
+Called one by one, without a graph, 2:4 is faster at the small sizes, too, where launching binds; the rule is for both.
+Few tokens bind both matmuls to reading the weights, which 2:4 activations do not make smaller: 128 were slower, 512
+followed the rule (1.21 at 8192 x 32768). Other Hopper cards of as many multiprocessors, with less power or memory
+bandwidth for dense and 2:4 alike, were not measured.
 """
 
 import functools
@@ -58,20 +63,22 @@ import torch
 from ao_act24.kernels import cuda, schedule
 from ao_act24.phases import PHASE
 
-MIN_TOKENS = 1024
-MIN_DIM = 768  # of both: smaller ones were not measured; at few columns a tile's end is as long as its stages
-MAX_WASTE = 1.22
+MIN_TOKENS = 512
+MIN_DIM, MIN_HIDDEN_DIM = 768, 3072  # at few columns, and at a short K, a tile's end is as long as its stages
+MAX_WASTE = 1.17
 MAX_TRAINING_WASTE = 1.06
 NEVER = 2**60
 MIN_SPARSE_GRADS = 2**37  # tokens * model_dim * hidden_dim
 CLUSTERS = 66  # of an H100 or H200 (SXM)
 
 
-def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, config, least=None) -> str:  # type: ignore[no-untyped-def]
+def why_dense(  # type: ignore[no-untyped-def]
+    device, dtype, tokens, model_dim, hidden_dim, in_rows, training, packs, config, least=None
+) -> str:
     """Why an FFN of this size stays dense; empty if it runs in 2:4. A size (int or SymInt) may be None: not known yet.
 
-    ``in_rows``: the down projection's weight lies in memory as ``[model_dim, hidden_dim]``, row after row. ``least``:
-    ``least_tokens``, where it is known.
+    ``in_rows``: the down projection's weight lies in memory as ``[model_dim, hidden_dim]``, row after row. ``packs``:
+    the first matmul packs its own result. ``least``: ``least_tokens``, where it is known.
 
     The CPU always runs the reference; so does all with ``emulate``. Comparing a SymInt installs a guard: one model then
     owns a dense and a 2:4 graph.
@@ -80,8 +87,17 @@ def why_dense(device, dtype, tokens, model_dim, hidden_dim, in_rows, training, c
         return "the schedule has a dense phase now"
     if device.type in ("cpu", "meta") or config.emulate:
         return ""
-    reason = cuda.why_not(device, dtype) or _why_slower(tokens, model_dim, hidden_dim, in_rows, training, least)
+    reason = cuda.why_not(device, dtype) or _why_not_measured(device)
+    reason = reason or _why_slower(tokens, model_dim, hidden_dim, in_rows, training, packs, least)
     return reason and f"{reason} (Act24Config(emulate=True) runs 2:4 all the same)"
+
+
+@torch.compiler.assume_constant_result
+def _why_not_measured(device: torch.device) -> str:
+    found = torch.cuda.get_device_properties(device).multi_processor_count
+    if found // schedule.CLUSTER == CLUSTERS:
+        return ""
+    return f"when 2:4 pays was measured on a GPU of {CLUSTERS * schedule.CLUSTER} multiprocessors, this one has {found}"
 
 
 def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[no-untyped-def]
@@ -92,40 +108,40 @@ def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[
     return cuda.why_not(device, dtype)
 
 
-def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, least=None) -> str:  # type: ignore[no-untyped-def]
+def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, packs, least) -> str:  # type: ignore[no-untyped-def]
     for name, size, factor in (("hidden_dim", hidden_dim, 64), ("model_dim", model_dim, 64)):
         if size is not None and size % factor:
             return f"the 2:4 kernels take {name} divisible by {factor}, got {size}"
     if not in_rows:
-        return "the down projection's weight is stored [hidden_dim, model_dim]: 2:4 would copy it at each call"
+        return "the down projection's weight does not lie in rows of hidden_dim: 2:4 would copy it at each call"
     if model_dim is None or hidden_dim is None:
         return ""
-    if min(model_dim, hidden_dim) < MIN_DIM:
-        return f"2:4 pays from model_dim and hidden_dim {MIN_DIM} on, got {model_dim} and {hidden_dim}"
+    if model_dim < MIN_DIM or hidden_dim < MIN_HIDDEN_DIM or hidden_dim < 2 * model_dim:
+        least_size = f"model_dim {MIN_DIM} on, and hidden_dim {MIN_HIDDEN_DIM} and twice model_dim"
+        return f"2:4 runs from {least_size}, got {model_dim} and {hidden_dim}"
     if tokens is None:
         return ""
     most = MAX_TRAINING_WASTE if training else MAX_WASTE
     if least is None:
-        least = least_tokens(int(model_dim), int(hidden_dim), most)
+        least = least_tokens(int(model_dim), int(hidden_dim), most, packs)
     if tokens >= least:
         return ""
     if torch.compiler.is_compiling():  # Dynamo takes a SymInt for an int, and breaks the graph where a text names one
-        return "2:4 pays from more tokens on at this size"
-    some_fewer = ""
-    if isinstance(tokens, int) and tokens >= MIN_TOKENS:  # one graph for each number of tokens
-        if waste(tokens, int(model_dim), int(hidden_dim)) <= most:
-            return ""
-        some_fewer = ", and at some fewer"
+        return "2:4 runs from more tokens on at this size"
+    static = isinstance(tokens, int)  # one graph for each number of tokens
+    if static and tokens >= MIN_TOKENS and waste(tokens, int(model_dim), int(hidden_dim), packs) <= most:
+        return ""
     if least == NEVER:
-        return f"2:4 pays at few numbers of tokens at this size, got {tokens}: dense is faster here"
-    return f"2:4 pays from {least} tokens on at this size{some_fewer}, got {tokens}: dense is faster here"
+        return f"2:4 runs at few numbers of tokens of this size only, got {tokens}"
+    some_fewer = ", and at some fewer" if static and least > MIN_TOKENS else ""
+    return f"2:4 runs from {least} tokens on at this size{some_fewer}, got {tokens}"
 
 
-def where_dynamic(device, tokens, model_dim, hidden_dim, training, config) -> str:  # type: ignore[no-untyped-def]
+def where_dynamic(device, tokens, model_dim, hidden_dim, training, packs, config) -> str:  # type: ignore[no-untyped-def]
     """Where an FFN that runs in 2:4 would not, were the number of tokens dynamic: one bound is asked then."""
     if device.type in ("cpu", "meta") or config.emulate or not isinstance(tokens, int):
         return ""
-    least = least_tokens(int(model_dim), int(hidden_dim), MAX_TRAINING_WASTE if training else MAX_WASTE)
+    least = least_tokens(int(model_dim), int(hidden_dim), MAX_TRAINING_WASTE if training else MAX_WASTE, packs)
     if tokens >= least:
         return ""
     if least == NEVER:
@@ -146,18 +162,18 @@ def why_exact_grads(device, tokens, model_dim, hidden_dim, config) -> str:  # ty
 
 
 @functools.lru_cache(maxsize=1024)
-def least_tokens(model_dim: int, hidden_dim: int, most_waste: float = MAX_WASTE) -> int:
+def least_tokens(model_dim: int, hidden_dim: int, most_waste: float = MAX_WASTE, packs: bool = True) -> int:
     """From how many tokens on 2:4 pays, whatever their number; ``NEVER`` where from none."""
     step = schedule.TILE_ROWS * schedule.CLUSTER // 3  # most is lost one token beyond whole ones
     counts = range(2**16 + 1, MIN_TOKENS, -step)
-    if waste(counts[0], model_dim, hidden_dim) > most_waste:
+    if waste(counts[0], model_dim, hidden_dim, packs) > most_waste:
         return NEVER
-    uneven = (tokens + step for tokens in counts if waste(tokens, model_dim, hidden_dim) > most_waste)
+    uneven = (tokens + step for tokens in counts if waste(tokens, model_dim, hidden_dim, packs) > most_waste)
     return next(uneven, MIN_TOKENS)
 
 
 @functools.lru_cache(maxsize=1024)
-def waste(tokens: int, model_dim: int, hidden_dim: int) -> float:
-    """Of both matmuls, of which the dense one takes twice as long."""
+def waste(tokens: int, model_dim: int, hidden_dim: int, packs: bool = True) -> float:
+    """Of both matmuls, of which the dense one takes twice as long; of the second, where only that one is ours."""
     first, second = (schedule.waste(tokens, columns, CLUSTERS) for columns in (hidden_dim, model_dim))
-    return (2 * first + second) / 3
+    return (2 * first + second) / 3 if packs else second

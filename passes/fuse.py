@@ -24,6 +24,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -33,7 +34,7 @@ from ao_act24.fingerprint import source_digest
 from ao_act24.when import why_exact_grads, why_not_fused
 
 from .find import Site
-from .relu2 import strip
+from .relu2 import Relu2, strip
 from .rewrite import Emitter, narrow_source, parameters
 from .vocabulary import (
     Linear,
@@ -58,10 +59,11 @@ def fuse(graph: Graph, config: Act24Config) -> None:
             continue
         if value(up.node).requires_grad:
             _fuse_for_training(node, up, config)
-        elif _alike(up.node, up.input, up.weight, up.bias) and _has_kernel(up):
+        elif _has_kernel(up):
             # Not where the packing stood: x or the weight may have been written into in between.
             emit = Emitter(up.node)
-            fused = emit.call(ops.linear_relu2_sparsify.default, up.input, *parameters(emit, up))
+            first = (_cast(emit, tensor, value(up.node).dtype) for tensor in (up.input, *parameters(emit, up)))
+            fused = emit.call(ops.linear_relu2_sparsify.default, *first)
             node.replace_all_uses_with(fused)
             graph.erase_node(node)
             graph.erase_node(up.node)
@@ -77,30 +79,45 @@ def _fuse_for_training(pair: Node, up: Linear, config: Act24Config) -> None:
     weight, bias = argument(down, 2, "weight"), argument(down, 3, "bias")
     if _why_apart(up, down, weight, bias, nodes_between(up.node, down)):
         return
-    emit = Emitter(down)
-
-    def cast(node: Any) -> Any:  # as autocast does
-        dtype = value(up.node).dtype
-        return node if node is None or value(node).dtype == dtype else emit.method("to", node, dtype)
-
-    first = (cast(tensor) for tensor in (up.input, *parameters(emit, up)))
-    h, rows = value(up.node), value(weight).shape[0]
+    emit, h, rows = Emitter(down), value(up.node), value(weight).shape[0]
+    operands = (_cast(emit, tensor, h.dtype) for tensor in (up.input, *parameters(emit, up), weight, bias))
     size = (math.prod(h.shape[:-1]), rows, h.shape[-1])
     sparse = config.weight_grads == "sparse" and not why_exact_grads(h.device, *size, config)
-    arguments = (*first, cast(weight), cast(bias), sparse)
-    ffn = emit.call(ops.relu2_ffn.default, *arguments, name=f"relu2_ffn_{source_digest()[:8]}")
+    ffn = emit.call(ops.relu2_ffn.default, *operands, sparse, name=f"relu2_ffn_{source_digest()[:8]}")
     out = emit.call(operator.getitem, ffn, 0)
     down.replace_all_uses_with(out)
     for node in (down, items[0], items[1], pair, up.node):
         pair.graph.erase_node(node)
 
 
+def _cast(emit: Emitter, node: Any, dtype: torch.dtype) -> Any:
+    """As autocast does it."""
+    return node if node is None or value(node).dtype == dtype else emit.method("to", node, dtype)
+
+
+def packs_itself(site: Site) -> bool:
+    """Whether the first matmul of a site, before it is rewritten, will pack its own result in inference."""
+    assert site.relu2 is not None
+    up = site.up
+    return up is not None and not _why_kept(up, site.relu2) and _plain(up) and _has_kernel(up)
+
+
 def why_apart(site: Site) -> str:
     """Why both matmuls of a site, before it is rewritten, will not be one operator in training; empty if they will."""
     assert site.relu2 is not None and site.down is not None
     up, relu2, down = site.up, site.relu2, site.down
+    if up is None:
+        return "the up projection is not known"
+    if reason := _why_kept(up, relu2):
+        return reason
+    between = [node for node in nodes_between(up.node, down.node) if node not in relu2.inside]
+    return _why_apart(up, down.node, down.weight, down.bias, between)
+
+
+def _why_kept(up: Linear, relu2: Relu2) -> str:
+    """Why the result of the first matmul is needed for more than ReLU², or not as it is."""
     source = narrow_source(relu2)
-    if up is None or (relu2.h if source is None else source) is not up.node:
+    if (relu2.h if source is None else source) is not up.node:
         return "something stands between the up projection and ReLU²"
     fall_away = ("identity",) if source is None else ("identity", "cast")
     if steps := [step for step in relu2.before_square + relu2.after_square if step.kind not in fall_away]:
@@ -109,14 +126,13 @@ def why_apart(site: Site) -> str:
     for node in (up.node, *widened):
         if any(user not in relu2.inside | widened and not takes_dtype(user, node) for user in node.users):
             return "the pre-activation is also used elsewhere"
-    between = [node for node in nodes_between(up.node, down.node) if node not in relu2.inside]
-    return _why_apart(up, down.node, down.weight, down.bias, between)
+    return ""
 
 
 def _why_apart(up: Linear, down: Node, weight: Any, bias: Any, between: Iterable[Node]) -> str:
     if not _plain(up):
         return "the up projection's operands are not known from the graph"
-    if not _alike(down, weight, bias, cast=True) or not _alike(up.node, up.input, up.weight, up.bias, cast=True):
+    if not _alike(down, weight, bias) or not _alike(up.node, up.input, up.weight, up.bias):
         return "an operand of the two projections is on another device, or no plain tensor"
     if value(up.node).dtype != value(down).dtype:
         return f"the two projections run in {value(up.node).dtype} and {value(down).dtype}"
@@ -146,18 +162,17 @@ def _plain(up: Linear) -> bool:
     return weight.ndim == 2 and (bias is None or (bias.ndim == 1 and same_size(bias.shape[0], h.shape[-1])))
 
 
-def _alike(result: Node, *operands: Any, cast: bool = False) -> bool:
-    """Whether operands are plain, on the device of ``result``, and of its dtype or, with ``cast``, to be given it."""
-    want = value(result)
+def _alike(result: Node, *operands: Any) -> bool:
+    """Whether operands are plain and on the device of ``result``. They may be given its dtype."""
     tensors = [value(operand) for operand in operands if operand is not None]
-    if any(tensor is None or tensor.device != want.device for tensor in tensors):
+    if any(tensor is None or tensor.device != value(result).device for tensor in tensors):
         return False
-    if any(map(is_traceable_wrapper_subclass, tensors)):  # quantised, distributed
-        return False
-    return cast or all(tensor.dtype == want.dtype for tensor in tensors)
+    return not any(map(is_traceable_wrapper_subclass, tensors))  # quantised, distributed
 
 
 def _has_kernel(up: Linear) -> bool:
+    if not _alike(up.node, up.input, up.weight, up.bias):
+        return False
     x, h, weight = value(up.input), value(up.node), value(up.weight)
     if not (weight.t() if up.transposed else weight).is_contiguous():  # it would be copied at each call
         return False

@@ -10,7 +10,7 @@ from ao_act24.ops import DTYPES
 from ao_act24.when import why_dense
 
 from .find import Site
-from .fuse import why_apart
+from .fuse import packs_itself, why_apart
 from .rewrite import narrow_source
 from .vocabulary import cast_dtype, same_size, submodule, value, weight_origin
 
@@ -53,7 +53,7 @@ def judge(site: Site, config: Act24Config) -> str:
     model_dim = None if weight is None else weight.shape[1 if transposed else 0]
     in_rows = weight is None or (weight.t() if transposed else weight).is_contiguous()
     training = h is not None and h.requires_grad
-    size = (tokens, model_dim, hidden_dim, in_rows, training)
+    size = (tokens, model_dim, hidden_dim, in_rows, training, training or packs_itself(site))
     if reason := next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), ""):
         return reason
     if training and like.is_cuda and not config.emulate and (apart := why_apart(site)):

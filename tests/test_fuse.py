@@ -10,7 +10,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from ao_act24 import Act24Config
 from ao_act24.passes import examine, fuse, rewrite_graph
 from ao_act24.passes.find import find_sites
-from ao_act24.passes.fuse import why_apart
+from ao_act24.passes.fuse import packs_itself, why_apart
 from ao_act24.passes.vocabulary import is_our_op, value
 
 X, W1, B1, W2 = torch.randn(2, 6, 16), torch.randn(64, 16), torch.randn(64), torch.randn(16, 64)
@@ -28,7 +28,8 @@ def run(function, *inputs):
 
     def backend(gm, example_inputs):
         sites = [site for site in find_sites(gm.graph) if not site.rewritten]
-        apart = [why_apart(site) for site in sites if value(site.relu2.h).requires_grad]
+        trains = [value(site.relu2.h).requires_grad for site in sites]
+        said = [why_apart(site) == "" if grad else packs_itself(site) for site, grad in zip(sites, trains)]
         rewrite_graph(gm.graph, Act24Config())
         fuse(gm.graph, Act24Config())
         gm.graph.lint()
@@ -37,8 +38,12 @@ def run(function, *inputs):
         seen.extend(name.split(".")[0].removeprefix("ao_act24::") for name in names)
         after = examine(gm, Act24Config())
         assert all(verdict.rewritten for _, verdict in after) and len(after) >= len(sites)
-        joined = [site.up is not None and is_our_op(site.up.node, "relu2_ffn") for site, _ in after]
-        assert not apart or joined == [why == "" for why in apart], "said before it is rewritten"
+        ours = [site for site, _ in after][-len(sites) :]
+        joined = [
+            site.up is not None and is_our_op(site.up.node, "relu2_ffn" if grad else "linear_relu2_sparsify")
+            for site, grad in zip(ours, trains)
+        ]
+        assert joined == said, "before it is rewritten"
         return gm.forward
 
     torch._dynamo.reset()
@@ -245,7 +250,8 @@ def test_another_step_in_between():
 
 def test_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert run(ffn(lambda x: F.linear(x, W1)), X)[1] == UNFUSED
+        out, names = run(ffn(lambda x: F.linear(x, W1, B1)), X)
+        assert names == FUSED and out.dtype == torch.bfloat16 and relative_error(out, want(B1)) < 0.01
 
 
 def test_a_weight_that_lies_the_other_way():

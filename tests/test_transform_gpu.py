@@ -23,9 +23,11 @@ class OnGpu:
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
+    monkeypatch.setattr(when, "_why_not_measured", lambda device: "")
+    monkeypatch.setattr(when, "MIN_HIDDEN_DIM", 128)
     for module in (transform, when):
         monkeypatch.setattr(module, "MIN_DIM", 64)
-    monkeypatch.setattr(transform, "least_tokens", lambda *size: LEAST)
+    monkeypatch.setattr(transform, "least_tokens", lambda *size, packs: LEAST)
 
     def as_on_a_gpu(check):
         return lambda module, generated, inputs: check(module, generated, [OnGpu(x) for x in inputs])

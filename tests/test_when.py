@@ -1,5 +1,7 @@
 """Where 2:4 pays: the rule, and what training needs besides."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,65 +15,92 @@ from ao_act24.passes.find import find_sites
 from ao_act24.passes.judge import judge
 
 
-def test_where_there_is_no_kernel_or_none_that_pays_it_stays_dense(monkeypatch):
-    config, sizes = ao_act24.Act24Config(), (torch.bfloat16, 8192, 4096, 16384, True, False)
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands in for an H200."""
     monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
-    gpu = torch.device("cuda", 0)
-    assert when.why_dense(torch.device("cpu"), *sizes, config) == "" == when.why_dense(gpu, *sizes, config)
-    assert "no 2:4 kernel for mps" in when.why_dense(torch.device("mps"), *sizes, config)
-    for changed, reason in (
-        ((torch.float32, 8192, 4096, 16384, True, False), "take bfloat16 and float16, got torch.float32"),
-        ((torch.bfloat16, 16, 4096, 16384, True, False), "pays from 1665 tokens on at this size, got 16"),
-        ((torch.bfloat16, 8192, 4, 16384, True, False), "model_dim divisible by 64, got 4"),
-        (
-            (torch.bfloat16, 2049, 2048, 8192, True, False),
-            "from 3201 tokens on at this size, and at some fewer, got 2049",
-        ),
-        (
-            (torch.bfloat16, 65536, 576, 2304, True, False),
-            "pays from model_dim and hidden_dim 768 on, got 576 and 2304",
-        ),
-        ((torch.bfloat16, 8192, 4096, 16384, False, False), "stored [hidden_dim, model_dim]"),
-        ((torch.bfloat16, 8192, 4096, 16388, True, False), "hidden_dim divisible by 64, got 16388"),
-        (
-            (torch.bfloat16, 1600, 4096, 16384, True, True),
-            "from 7297 tokens on at this size, and at some fewer, got 1600",
-        ),
-    ):
-        assert reason in when.why_dense(gpu, *changed, config)
-        assert when.why_dense(gpu, *changed, ao_act24.Act24Config(emulate=True)) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    return torch.device("cuda", 0)
 
 
-def test_a_size_that_is_never_even():
-    assert when.least_tokens(832, 832) == when.NEVER
-    assert "pays at few numbers of tokens at this size, got 70001" in when._why_slower(70001, 832, 832, True, False)
+SIZE = {
+    **{"dtype": torch.bfloat16, "tokens": 8192, "model_dim": 4096, "hidden_dim": 16384},
+    **{"in_rows": True, "training": False, "packs": True},
+}
+SMALLEST = "2:4 runs from model_dim 768 on, and hidden_dim 3072 and twice model_dim, got"
 
 
-def test_every_kernel_is_called(monkeypatch):
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"dtype": torch.float32}, "the 2:4 kernels take bfloat16 and float16, got torch.float32"),
+        ({"model_dim": 4}, "the 2:4 kernels take model_dim divisible by 64, got 4"),
+        ({"hidden_dim": 16388}, "the 2:4 kernels take hidden_dim divisible by 64, got 16388"),
+        ({"model_dim": 576, "hidden_dim": 2304}, f"{SMALLEST} 576 and 2304"),
+        ({"model_dim": 1024, "hidden_dim": 2048}, f"{SMALLEST} 1024 and 2048"),
+        ({"hidden_dim": 4096}, f"{SMALLEST} 4096 and 4096"),
+        ({"in_rows": False}, "the down projection's weight does not lie in rows of hidden_dim: 2:4 would copy it"),
+        ({"tokens": 16}, "2:4 runs from 2177 tokens on at this size, and at some fewer, got 16"),
+        ({"tokens": 2049}, "2:4 runs from 2177 tokens on at this size, and at some fewer, got 2049"),
+        ({"tokens": 1152, "packs": False}, "2:4 runs from 4737 tokens on at this size, and at some fewer, got 1152"),
+        ({"tokens": 1152, "training": True}, "2:4 runs from 7297 tokens on at this size, and at some fewer, got 1152"),
+        ({"tokens": 1152}, ""),
+        ({"tokens": 1024, "packs": False}, ""),
+        ({"tokens": 512, "model_dim": 8192, "hidden_dim": 32768}, ""),
+    ],
+    ids=str,
+)
+def test_where_there_is_no_kernel_or_none_that_pays_it_stays_dense(changed, reason, gpu):
+    got = when.why_dense(gpu, **SIZE | changed, config=ao_act24.Act24Config())
+    assert got.startswith(reason) and bool(got) == bool(reason)
+    assert when.why_dense(gpu, **SIZE | changed, config=ao_act24.Act24Config(emulate=True)) == ""
+
+
+def test_on_other_devices(gpu, monkeypatch):
+    config = ao_act24.Act24Config()
+    assert when.why_dense(torch.device("cpu"), **SIZE, config=config) == ""
+    assert "no 2:4 kernel for mps" in when.why_dense(torch.device("mps"), **SIZE, config=config)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=114))
+    reason = "when 2:4 pays was measured on a GPU of 132 multiprocessors, this one has 114"
+    assert when.why_dense(gpu, **SIZE, config=config).startswith(reason)
+
+
+def test_a_size_that_is_never_even(gpu):
+    never = {"tokens": 70001, "model_dim": 832, "hidden_dim": 3328, "packs": False}
+    got = when.why_dense(gpu, **SIZE | never, config=ao_act24.Act24Config())
+    assert got.startswith("2:4 runs at few numbers of tokens of this size only, got 70001")
+
+
+def test_every_kernel_is_called(gpu):
     """What the dispatcher and compiled code ask of the first argument: counts are int32."""
-    monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
-    assert all(cuda.why_not(torch.device("cuda", 0), dtype) == "" for dtype in (torch.bfloat16, torch.int32))
+    assert all(cuda.why_not(gpu, dtype) == "" for dtype in (torch.bfloat16, torch.int32))
 
 
+@pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("size", [(768, 3072), (2048, 8192), (2304, 13824), (4096, 8192)], ids=str)
-def test_the_rule_keeps_to_what_the_schedule_wastes(size):
-    least = when.least_tokens(*size)
-    assert all(when.waste(tokens, *size) <= when.MAX_WASTE for tokens in range(least, 2**16, 61))
-    assert when.waste(least - 128, *size) > when.MAX_WASTE  # a tile of fewer rows before
-    answers = {tokens: when._why_slower(tokens, *size, True, False) for tokens in range(when.MIN_TOKENS, least, 13)}
-    assert {why == "" for why in answers.values()} == {True, False}  # some of the fewer are even
-    assert all((why == "") == (when.waste(tokens, *size) <= when.MAX_WASTE) for tokens, why in answers.items())
+def test_the_rule_keeps_to_what_the_schedule_wastes(size, packs, gpu):
+    def pays(tokens):
+        arguments = SIZE | dict(zip(("tokens", "model_dim", "hidden_dim", "packs"), (tokens, *size, packs)))
+        return when.why_dense(gpu, **arguments, config=ao_act24.Act24Config()) == ""
+
+    def even(tokens):
+        return when.waste(tokens, *size, packs) <= when.MAX_WASTE
+
+    least = when.least_tokens(*size, packs=packs)
+    assert all(even(tokens) for tokens in range(least, 2**16, 61))
+    assert not even(least - 128)  # a tile of fewer rows before
+    answers = {tokens: pays(tokens) for tokens in range(when.MIN_TOKENS, least, 13)}
+    assert {*answers.values()} == {True, False}  # some of the fewer are even
+    assert all(answer == even(tokens) for tokens, answer in answers.items())
 
 
-def test_dynamo_guards_on_the_bound_alone(monkeypatch):
+def test_dynamo_guards_on_the_bound_alone(gpu):
     """Not on each number of tokens, though the reason names it."""
-    monkeypatch.setattr(cuda, "_why_not_gpu", lambda index: "")
-    sizes, config, counter = (2048, 8192, True, False), ao_act24.Act24Config(), CompileCounter()
+    sizes, config, counter = (2048, 8192, True, False, True), ao_act24.Act24Config(), CompileCounter()
     least = when.least_tokens(2048, 8192)
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def dense(x):
-        gpu = torch.device("cuda", 0)
         return x + 1 if when.why_dense(gpu, torch.bfloat16, x.shape[0], *sizes, config, least) else x
 
     for tokens in (7, 1500, 2048, least - 1, least, least + 1, 8192, 9999):
@@ -106,8 +135,7 @@ def on_a_gpu(function, *sizes):
         (lambda h: F.relu(h).square().view(8192, 1, 16384), "view stands between ReLU² and the down projection"),
     ],
 )
-def test_training_on_a_gpu_is_in_one_operator_or_dense(between, reason, monkeypatch):
-    monkeypatch.setattr("ao_act24.kernels.cuda._why_not_gpu", lambda index: "")
+def test_training_on_a_gpu_is_in_one_operator_or_dense(between, reason, gpu):
     site = on_a_gpu(
         lambda x, up, down: F.linear(between(F.linear(x, up)), down), (8192, 4096), (16384, 4096), (4096, 16384)
     )
@@ -116,8 +144,7 @@ def test_training_on_a_gpu_is_in_one_operator_or_dense(between, reason, monkeypa
     assert judge(site, ao_act24.Act24Config(emulate=True)) == ""
 
 
-def test_sparse_gradients_of_weights_where_they_pay():
-    gpu = torch.device("cuda", 0)
+def test_sparse_gradients_of_weights_where_they_pay(gpu):
     config, emulate = ao_act24.Act24Config(), ao_act24.Act24Config(emulate=True)
     assert when.why_exact_grads(torch.device("cpu"), 4, 8, 8, config) == ""
     for *size, reason in (
