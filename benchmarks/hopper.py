@@ -1,8 +1,8 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 17 minutes (estimated)
+    python benchmarks/hopper.py                  the whole table and its plots: some 22 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
-    python benchmarks/hopper.py --only kernels   one of kernels, ffn, tokens, training; the file keeps the others
+    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, training; the file keeps the others
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
@@ -20,6 +20,7 @@ After each shape all that was measured is written to ``benchmarks/results/hopper
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import re
@@ -38,19 +39,24 @@ from torch import Tensor, nn
 
 import ao_act24
 from ao_act24.kernels import cuda, reference
-from ao_act24.when import least_tokens
+from ao_act24.when import least_tokens, waste, why_dense
 
 SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
 FEW_SIZES = [(2048, 8192), (768, 3072), (1024, 4096), (4096, 16384), (8192, 32768)]
+ALWAYS = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
 STARTS = [(least_tokens(*size), *size) for size in FEW_SIZES]  # from where on the rule says 2:4
 TOKENS = [1, 16, 128, 512, 1024, 2048, 4096]
-UNEVEN = [(1168, 4608, 18432), (1552, 3584, 14336), (2176, 2048, 8192), (1152, 4096, 16384)]
-UNEVEN += [(1504, 4608, 18432), (1600, 4096, 16384), (1472, 3584, 14336), (1376, 3328, 13312), (2656, 2560, 10240)]
-UNEVEN += [(1488, 2048, 8192), (2976, 1024, 4096), (8512, 768, 3072), (5328, 832, 3328)]  # as the rule just takes
-UNEVEN += [(2736, 2304, 13824), (1680, 4096, 8192)]  # six times model_dim, and twice
-UNEVEN += [(1049, 3328, 13312), (1079, 2304, 13824), (1648, 2560, 10240)]  # more so
-FP16 = [(1168, 4608, 18432), (1488, 2048, 8192)]  # all else is bf16
+RULE = [(8192, 4096, 16384), (4096, 2048, 8192), (1024, 4096, 16384), (512, 8192, 32768), (640, 5120, 20480)]
+RULE += [(1152, 4096, 16384), (1552, 3584, 14336), (1168, 4608, 18432)]  # uneven, as the rule just takes
+RULE += [(2176, 2048, 8192), (2976, 1024, 4096), (8512, 768, 3072), (5328, 832, 3328), (1488, 2048, 8192)]  # more so
+RULE += [(1376, 3328, 13312), (1600, 4096, 16384), (2656, 2560, 10240), (1648, 2560, 10240), (1049, 3328, 13312)]
+RULE += [(2736, 2304, 13824), (1680, 4096, 8192)]  # six times model_dim, and twice
+RULE += [(8192, 4096, 4096), (8192, 2048, 2048), (8192, 1024, 1024), (8192, 4096, 1024)]  # with a short K
+RULE_97 = [(8192, 4096, 16384), (2736, 2304, 13824), (1680, 4096, 8192), (1376, 3328, 13312)]  # percent of zeros
+RULE_FP16 = [(1168, 4608, 18432), (1488, 2048, 8192)]  # all else is bf16
+TWO_STEPS = [(8192, 4096, 16384), (4096, 2048, 8192), (1600, 4096, 16384), (1152, 4096, 16384)]  # also not fused
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
+TUNED = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
 Runs = dict[str, Callable[[], object]]
 
 
@@ -171,8 +177,8 @@ def repeated(run: Callable[[], object], calls: int) -> tuple[Callable[[], object
         return lambda: [run() for _ in range(calls)], False
 
 
-def cusparselt(pruned: Tensor, weight: Tensor) -> tuple[Callable[[], Tensor], tuple[int, int, int]]:
-    """cuSPARSELt's matmul with the fastest of what its searches find and its default, and which algorithm that is.
+def cusparselt(pruned: Tensor, weight: Tensor) -> dict[tuple[int, int, int], Callable[[], Tensor]]:
+    """cuSPARSELt's matmul with the two fastest algorithms of what its searches find and its default.
 
     A search times each candidate once, and may end at one that takes twice as long. ``torch._cslt_sparse_mm_search``
     moreover drops the split of K that its choice goes with. Each call plans anew, which takes up to 0.2 ms of host
@@ -189,8 +195,7 @@ def cusparselt(pruned: Tensor, weight: Tensor) -> tuple[Callable[[], Tensor], tu
         with contextlib.suppress(RuntimeError):  # not every algorithm goes without the split that was found for it
             calls, _ = repeated(run, 4)
             timed[each] = min(burst(calls, 5) for _ in range(3)), run
-    best = min(timed, key=lambda each: timed[each][0])
-    return timed[best][1], best
+    return {each: timed[each][1] for each in sorted(timed, key=lambda each: timed[each][0])[:2]}
 
 
 def check(what: str, got: Tensor, want: Tensor) -> None:
@@ -210,7 +215,7 @@ def kernels(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     for shape, zeros in cases(FFN_SHAPES if quick else MATMUL_SHAPES, quick):
         ffn, x = ffn_and_input(shape, zeros)
         h, w, b = ffn.up(x), ffn.down.weight, ffn.down.bias
-        y, copy = F.relu(h).square(), torch.empty_like(h)
+        y, other = F.relu(h).square(), torch.empty_like(h)
         packed, metadata = cuda.relu2_sparsify(h)
         pruned = reference.unpack(packed, metadata)
         check("sparse_mm", cuda.sparse_mm(packed, metadata, w, b), F.linear(pruned, w, b))
@@ -222,13 +227,14 @@ def kernels(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         }
         packing: Runs = {
             "pack": functools.partial(cuda.relu2_sparsify, h),
-            "copy": functools.partial(copy.copy_, h),
+            "copy": functools.partial(other.copy_, h),
         }
-        algorithm = None
+        theirs = {}
         if torch.backends.cusparselt.is_available():
-            theirs, algorithm = cusparselt(pruned, w)
-            check("cuSPARSELt", theirs(), F.linear(pruned, w))
-            matmuls["cuSPARSELt"] = theirs
+            theirs = {f"cuSPARSELt {algorithm}": run for algorithm, run in cusparselt(pruned, w).items()}
+            for name, run in theirs.items():
+                check(name, run(), F.linear(pruned, w))
+            matmuls |= theirs
             packing["cuSPARSELt compress"] = functools.partial(torch._cslt_compress, pruned)
         rounds = 5 if zeros == 90 else 3
         in_graphs = {name: repeated(run, 4) for name, run in matmuls.items()}
@@ -239,21 +245,23 @@ def kernels(quick: bool, meter: Meter) -> Iterator[list[Row]]:
             timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
         for name, (_, is_graph) in in_graphs.items():
             timed[name]["graph"] = is_graph
-        if algorithm:
-            timed["cuSPARSELt"]["algorithm"] = algorithm
+        if theirs:
+            best = min(theirs, key=lambda name: timed[name]["median"])
+            timed["cuSPARSELt"] = {
+                **timed.pop(best),
+                "what": "cuSPARSELt",
+                "algorithm": best.removeprefix("cuSPARSELt "),
+            }
         yield placed(timed, shape, zeros)
 
 
 def whole_ffn(quick: bool, meter: Meter) -> Iterator[list[Row]]:
-    """The FFN, forward, against ``torch.compile``; at 90 % zeros in long bursts, for energy, and against autotuning."""
+    """The FFN, forward, against ``torch.compile``."""
     for shape, zeros in cases(FFN_SHAPES, quick):
         ffn, x = ffn_and_input(shape, zeros)
         variants: dict[str, dict[str, Any]] = {"dense": {}, "2:4": {"backend": "ao_act24"}}
-        if zeros == 90 and not quick:
-            variants["dense tuned"] = {"mode": "max-autotune-no-cudagraphs"}
-        runs = compiled(ffn, x, **variants)
-        seconds, rounds = (1.0, 3) if quick else (1.5, 3) if zeros == 90 else (0.4, 3)
-        yield placed(in_turn(runs, seconds, rounds, meter), shape, zeros)
+        runs = compiled(ffn, x, **variants, **({} if quick else TUNED))
+        yield placed(in_turn(runs, 1.5 if zeros == 90 and not quick else 1.0, 3, meter), shape, zeros)
 
 
 def training(quick: bool, meter: Meter) -> Iterator[list[Row]]:
@@ -265,9 +273,7 @@ def training(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     for shape in TRAINING_SHAPES[:1] if quick else TRAINING_SHAPES:
         ffn, x = ffn_and_input(shape, 90)
         leaves, grad = [x, *ffn.parameters()], torch.randn_like(x)
-        variants: dict[str, dict[str, Any]] = (
-            {"dense": {}} if quick else {"dense": {}, "dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
-        )
+        variants: dict[str, dict[str, Any]] = {"dense": {}, **({} if quick else TUNED)}
         for name, how in (("2:4 exact", "dense"), ("2:4 sparse", "sparse")):
             config = ao_act24.Act24Config(emulate=True, weight_grads=how)  # type: ignore[arg-type]
             variants[name] = {"backend": ao_act24.Act24Backend(config)}
@@ -312,27 +318,57 @@ def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     Where the rule starts, also against autotuning. Where launching binds, times drift twofold within milliseconds:
     there bursts are short, and many.
     """
-    warnings.simplefilter("ignore", ao_act24.Act24Warning)  # that all stays dense is what is measured
-    always = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
-    variants: dict[str, dict[str, Any]] = {"dense": {}, "chosen": {"backend": "ao_act24"}, "2:4": {"backend": always}}
-    tuned = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
-    at = [] if quick else [(shape, torch.bfloat16) for shape in UNEVEN] + [(shape, torch.float16) for shape in FP16]
+    variants: dict[str, dict[str, Any]] = {"dense": {}, "chosen": {"backend": "ao_act24"}, "2:4": {"backend": ALWAYS}}
     for begins, *size in STARTS[:1] if quick else STARTS:
-        counts = sorted({*(TOKENS[::2] if quick else TOKENS), begins})
-        at += [((tokens, *size), torch.bfloat16) for tokens in counts]
-    for shape, dtype in at:
-        ffn, x = ffn_and_input(shape, 90, dtype)
-        runs = compiled(ffn, x, **variants, **({} if quick or shape not in STARTS else tuned))
-        launching = burst(runs["dense"], 10) < 0.3
-        timed = in_turn(runs, 0.0005, 41, turns=25) if launching else in_turn(runs, 0.005, 21)
-        calls = max(1, min(10, round(1 / timed["dense"]["median"])))  # a millisecond of them
-        pool = torch.cuda.graph_pool_handle()  # of their own, one was 4 % slower with the same kernels
-        graphs: Runs = {f"{name} graph": captured(run, calls, pool) for name, run in runs.items()}
-        timed |= in_turn(graphs, 0.005, 41 if launching else 21, each=calls)
-        if shape == HOST_AT:
-            single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}
-            timed |= host_in_turn({f"host {name}": run for name, run in runs.items()} | single)
-        yield placed(timed, shape, 90, dtype)
+        for tokens in sorted({*(TOKENS[::2] if quick else TOKENS), begins}):
+            yield few((tokens, *size), variants if quick or tokens != begins else variants | TUNED)
+
+
+def few(shape: Shape, variants: dict[str, dict[str, Any]]) -> list[Row]:
+    ffn, x = ffn_and_input(shape, 90)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ao_act24.Act24Warning)  # that all stays dense is what is measured
+        runs = compiled(ffn, x, **variants)
+    launching = burst(runs["dense"], 10) < 0.3
+    timed = in_turn(runs, 0.0005, 41, turns=25) if launching else in_turn(runs, 0.005, 21)
+    calls, graphs = in_graphs(runs, timed["dense"]["median"])
+    graphs = {f"{name} graph": graph for name, graph in graphs.items()}
+    timed |= in_turn(graphs, 0.005, 41 if launching else 21, each=calls)
+    if shape == HOST_AT:
+        single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}
+        timed |= host_in_turn({f"host {name}": run for name, run in runs.items()} | single)
+    return placed(timed, shape, 90)
+
+
+def in_graphs(runs: Runs, ms: float) -> tuple[int, Runs]:
+    """How many calls, which take ``ms`` each, are a millisecond of them; and a CUDA graph of each, of so many."""
+    calls = max(1, min(10, round(1 / ms)))
+    pool = torch.cuda.graph_pool_handle()  # of their own, one was 4 % slower with the same kernels
+    return calls, {name: captured(run, calls, pool) for name, run in runs.items()}
+
+
+def rule(quick: bool, meter: Meter) -> Iterator[list[Row]]:
+    """The FFN at the sizes that ``ao_act24/when.py`` rests on: in 2:4, taken or not, against both modes, at full power.
+
+    All in CUDA graphs, which favours dense. Two steps: the first matmul does not pack, as after ``sparsify_``.
+    """
+    if quick:
+        return
+    at = [(shape, 90, torch.bfloat16) for shape in RULE] + [(shape, 97, torch.bfloat16) for shape in RULE_97]
+    for shape, zeros, dtype in at + [(shape, 90, torch.float16) for shape in RULE_FP16]:
+        ffn, x = ffn_and_input(shape, zeros, dtype)
+        runs = compiled(ffn, x, dense={}, **{"2:4": {"backend": ALWAYS}}, **TUNED)
+        if shape in TWO_STEPS and zeros == 90:
+            apart = copy.deepcopy(ffn)
+            ao_act24.sparsify_(apart, ALWAYS.config)
+            runs["2:4 in two steps"] = functools.partial(torch.compile(apart, fullgraph=True, dynamic=False), x)
+        calls, graphs = in_graphs(runs, min(burst(run, 10) for run in runs.values()))
+        timed = in_turn(graphs, 0.5, len(graphs), meter, each=calls)
+        for name, packs in (("2:4", True), ("2:4 in two steps", False)):
+            if name in timed:
+                why = why_dense(x.device, dtype, *shape, True, False, packs, ao_act24.Act24Config())
+                timed[name] |= {"waste": waste(*shape, packs), "taken": not why}
+        yield placed(timed, shape, zeros, dtype)
 
 
 def placed(timed: dict[str, Row], shape: Shape, zeros: int, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
@@ -343,7 +379,7 @@ def placed(timed: dict[str, Row], shape: Shape, zeros: int, dtype: torch.dtype =
     return [{"what": found["what"], **at, **found} for found in timed.values()]
 
 
-PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "training": training}
+PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "rule": rule, "training": training}
 
 
 def line(found: Row) -> str:

@@ -1,9 +1,10 @@
 """The figures that were asked for, from a result of ``hopper.py``: ``python benchmarks/summary.py RESULT.json``.
 
-A result has up to four parts, ``kernels``, ``ffn``, ``tokens`` and ``training``, each with the ``record`` of its run
-and its ``rows``. A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros`` (percent),
-``dtype`` where it is not bfloat16, ``samples`` (one a round), their ``median``, ``min`` and ``max`` in ``unit``, and
-clock, power and energy where they could be measured.
+A result has up to five parts, ``kernels``, ``ffn``, ``tokens``, ``rule`` and ``training``, each with the ``record`` of
+its run and its ``rows``. A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros``
+(percent), ``dtype`` where it is not bfloat16, ``samples`` (one a round), their ``median``, ``min`` and ``max`` in
+``unit``, and clock, power and energy where they could be measured. In ``rule``, 2:4 has what the schedule's ``waste``
+is, and whether the rule would have it ``taken``.
 """
 
 import argparse
@@ -125,6 +126,16 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             slowest, shape = min(few)
             figure = "FFN of few tokens over dense" + (", fp16" if dtype == "float16" else "")
             add(f"{figure}{', in a CUDA graph' if how else ''}: least", shape, slowest, LEAST_FEW)
+    taken = [
+        (ratio(timed, best(timed)["what"], ours), f"{named(at)}, {zeros} %{', fp16' * (dtype == 'float16')}{steps}")
+        for zeros, dtype in itertools.product((90, 97), ("bfloat16", "float16"))
+        for at, timed in rows(result, "rule", zeros, dtype).items()
+        for ours, steps in (("2:4", ""), ("2:4 in two steps", ", two steps"))
+        if timed.get(ours, {}).get("taken")
+    ]
+    if taken:
+        slowest, where = min(taken)
+        add("FFN over dense where the rule takes 2:4, in a CUDA graph: least", where, slowest, LEAST_FEW)
     for how in ("host", "host graph"):
         for shape, timed in rows(result, "tokens").items():
             if f"{how} 2:4" in timed:

@@ -97,6 +97,26 @@ def test_few_tokens_over_the_faster_dense_mode():
     assert "chosen float16" in hopper.line(fp16[1])
 
 
+def test_the_least_of_what_the_rule_takes():
+    """Taken or not, in one step or two, at any share of zeros and in any dtype."""
+    even = timed(FFN_SHAPES[0], dense=1.3, dense_tuned=1.2, x24=1, x24_in_two_steps=1.25)
+    uneven = timed(FFN_SHAPES[1], 97, dense=1.1, dense_tuned=1.2, x24=1)
+    half = timed(FFN_SHAPES[2], dtype=torch.float16, dense=0.9, x24=1)
+
+    def least(*taken):
+        ours = [row for row in even + uneven + half if row["what"].startswith("2:4")]
+        for row, is_taken in zip(ours, taken):
+            row["taken"] = is_taken
+        return [(row["at"], row["reached"], row["met"]) for row in summary({"rule": {"rows": even + uneven + half}})]
+
+    at = [named(shape) for shape in FFN_SHAPES]
+    assert least(True, False, False, False) == [(f"{at[0]}, 90 %", pytest.approx(1.2), True)]
+    assert least(True, True, True, False) == [(f"{at[0]}, 90 %, two steps", pytest.approx(1.2 / 1.25), False)]
+    assert least(True, False, True, False) == [(f"{at[1]}, 97 %", pytest.approx(1.1), True)]
+    assert least(True, False, True, True) == [(f"{at[2]}, 90 %, fp16", pytest.approx(0.9), False)]
+    assert least(False, False, False, False) == []
+
+
 def test_what_disturbs_a_round_disturbs_both(made_up):
     """Ratios are medians over rounds, not of medians; in pictures, too."""
     rows = [row for row in made_up["ffn"]["rows"] if row["zeros"] == 90]
