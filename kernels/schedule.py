@@ -36,13 +36,7 @@ def share_out(tokens: int, columns: int, stages: int, clusters: int) -> tuple[Sh
     These are as few as take no longer: power is short, and 64 in step are no slower than 66.
     """
     column_tiles, ways, least = _choices(tokens, columns, clusters)
-    best = [
-        (fewer, rows)
-        for rows in ways
-        if _longest(rows, column_tiles, clusters) == least
-        for fewer in range(1, clusters + 1)
-        if _longest(rows, column_tiles, fewer) == least
-    ]
+    best = [(_fewest(rows, column_tiles, clusters, least), rows) for rows in ways]
     clusters, (whole, lower, height) = min(best, key=lambda way: (way[0], -way[1][0]))
     band = min(BANDS, key=lambda band: -clusters % band)
     rounds, late = divmod(whole * column_tiles, clusters)
@@ -57,10 +51,19 @@ def waste(tokens: int, columns: int, clusters: int) -> float:
 
 
 def _choices(tokens: int, columns: int, clusters: int) -> tuple[int, list[Rows], int]:
-    """Column tiles, the ways to make the rows, and the longest work in the best of them."""
+    """Column tiles, the best ways to make the rows, and the longest work in them."""
     column_tiles = -(-columns // TILE_COLUMNS)
-    ways = list(_ways(-(-tokens // (64 * CLUSTER)), 3 * -(-clusters // column_tiles)))
-    return column_tiles, ways, min(_longest(rows, column_tiles, clusters) for rows in ways)
+    ways = _ways(-(-tokens // (64 * CLUSTER)), 3 * -(-clusters // column_tiles))
+    works = {rows: _longest(rows, column_tiles, clusters) for rows in ways}
+    least = min(works.values())
+    return column_tiles, [rows for rows, work in works.items() if work == least], least
+
+
+def _fewest(rows: Rows, column_tiles: int, clusters: int, most: int) -> int:
+    """With how many clusters at least none has more work than ``most``; with all of them it is so."""
+    whole, lower, height = rows
+    alike = -(-column_tiles * (whole * COSTS[3] + lower * COSTS[height]) // most)
+    return next(fewer for fewer in range(max(alike, 1), clusters + 1) if _longest(rows, column_tiles, fewer) <= most)
 
 
 def _ways(units: int, most: int) -> Iterator[Rows]:
