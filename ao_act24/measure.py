@@ -26,7 +26,7 @@ class Layer:
     """What 2:4 does to one FFN, over all its tokens. Shares are between 0 and 1.
 
     Attributes:
-        path: the module, as in ``named_modules``.
+        path: the module, as in ``named_modules``; where the graph does not say, the beginning of a line of code.
         zeros: share of the activation ``relu(h)**2`` that is exactly zero.
         dropped: share of its non-zeros that 2:4 drops.
         dropped_energy: share of its sum of squares that 2:4 drops.
@@ -108,10 +108,10 @@ class Measurement:
         from rich.text import Text
 
         table = Table(title="what 2:4 does to each FFN", title_justify="left")
-        table.add_column("FFN", no_wrap=True)
+        table.add_column("FFN", overflow="fold")
         across = ("energy, across tokens", "gradient, across tokens")
         for column in ("tokens", "zeros", "non-zeros dropped", "energy dropped", "output error", *across):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", min_width=7)  # of a share: none is cut off
         for layer in self.layers:
             shares = (layer.zeros, layer.dropped, layer.dropped_energy, layer.error, layer.dropped_across_tokens)
             cells = ("–" if share is None else f"{share:.3%}" for share in (*shares, layer.dropped_gradient))
@@ -269,7 +269,7 @@ class _Probe:
                 return ops.sparse_mm(*args[:-1])
             weights, verdict = locate(self.args)
             key = (weights, verdict.path, verdict.source)
-            out = stand_in(self.layers.setdefault(key, Layer(verdict.path or verdict.source)), *args)
+            out = stand_in(self.layers.setdefault(key, Layer(verdict.name)), *args)
             self.progress.advance()
             return out
 

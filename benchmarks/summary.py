@@ -161,4 +161,8 @@ def show(figures: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
-    show(summary(json.loads(parser.parse_args().result.read_text())))
+    path = parser.parse_args().result
+    figures = summary(json.loads(path.read_text()))
+    if not figures:
+        parser.exit(2, f"{path} is no result of hopper.py: it has none of its parts\n")
+    show(figures)

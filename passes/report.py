@@ -57,6 +57,11 @@ class Verdict:
     source: str
     remark: str = ""
 
+    @property
+    def name(self) -> str:
+        """The path, or where the graph does not say it, as of a model that is an FFN itself, the line of code."""
+        return self.path or (self.source if len(self.source) <= 40 else self.source[:39] + "…")
+
     def within(self, prefix: str, instead_of: str = "") -> "Verdict":
         """The same verdict with ``path`` seen from a module further out, which knows ``instead_of`` as ``prefix``."""
         inside = self.path.removeprefix(instead_of) if f"{self.path}.".startswith(f"{instead_of}.") else self.path
@@ -106,8 +111,7 @@ class Report:
         for v in self.verdicts:
             shapes = f"{_shape(v.x)} → {'?' if v.hidden_dim is None else v.hidden_dim} → {_shape(v.out)}"
             mark = Text("yes", "green") if v.rewritten else Text("no", "yellow")
-            site = v.path or (v.source if len(v.source) <= 40 else v.source[:39] + "…")
-            cells = (site, v.activation, shapes, f"{v.dtype} {v.device}".strip())
+            cells = (v.name, v.activation, shapes, f"{v.dtype} {v.device}".strip())
             table.add_row(*map(Text, cells), mark, Text(v.reason or v.remark))  # Text: brackets are no markup
         return Group(table if self.verdicts else self.summary(), *map(Text, self.notes))
 
@@ -180,6 +184,7 @@ def clean_path(path: str) -> str:
 
 
 def _source(node: Node) -> str:
-    """The innermost line of code in the node's stack trace."""
+    """The innermost line of code in the node's stack trace; of code that ``sparsify_`` made, the module's class."""
     trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip(" ^~")]
-    return trace[-1] if trace else node.name
+    made_for = re.findall(r'File "<ao_act24 (\w+)', "\n".join(trace))
+    return made_for[-1] if made_for else trace[-1] if trace else node.name

@@ -7,12 +7,14 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 
 import hopper
 import machine
 import plot
 import pytest
 import sanitize
+import summary as summary_of
 import torch
 from summary import FFN_SHAPES, MATMUL_SHAPES, named, show, summary
 from test_csrc import instructions
@@ -79,6 +81,13 @@ def test_summary(made_up, capsys):
     show(figures)
     assert "≥ 1.42" in capsys.readouterr().out
     assert not summary({}), "parts that were not measured are left out"
+
+
+def test_a_file_of_another_kind(tmp_path):
+    path = tmp_path / "limits.json"
+    path.write_text('{"rows": []}')
+    ran = subprocess.run([sys.executable, summary_of.__file__, path], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (2, f"{path} is no result of hopper.py: it has none of its parts\n")
 
 
 def test_few_tokens_over_the_faster_dense_mode():

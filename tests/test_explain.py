@@ -214,6 +214,16 @@ def test_what_sparsify_leaves_dense_in_training_is_noted(gpu, monkeypatch):
         assert ao_act24.explain(model, x).notes == ()
 
 
+def test_a_model_that_is_an_ffn_itself_has_a_short_name(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model, x = MLP(), torch.randn(6, 16)
+    for name in ("return self.down(self.activation(self.u…", "MLP"):
+        assert [layer.path for layer in ao_act24.measure(model, x).layers] == [name]
+        table = str(ao_act24.measure(model, x))
+        assert f"{ao_act24.measure(model, x).layers[0].zeros:.3%}" in table and name in str(ao_act24.explain(model, x))
+        ao_act24.sparsify_(model)
+
+
 def remark(model, tokens, dim=2048, **config):
     (verdict,) = ao_act24.explain(model, torch.empty(tokens, dim, device="meta"), config=Act24Config(**config))
     assert verdict.rewritten
