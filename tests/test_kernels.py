@@ -88,6 +88,24 @@ def test_more_elements_than_32_bits_count():
     torch.testing.assert_close(out[-16:], cuda.sparse_mm(packed[-16:], metadata[-16:], weight), rtol=1e-2, atol=1e-3)
 
 
+def test_packing_of_any_size_with_more_elements_than_32_bits_count():
+    h = random(1, (1 << 16) + 4).expand((1 << 15) + 16, -1).contiguous()
+    h[-1, -16:] = random(16)
+    packed, metadata = cuda.relu2_sparsify(h)
+    want, codes = reference.relu2_sparsify(h[-16:])
+    assert torch.equal(packed[-16:], want) and torch.equal(metadata[-16:], codes)
+    assert torch.equal(packed[12345], packed[0]) and torch.equal(metadata[1600:1616], metadata[:16])
+
+
+def test_results_with_more_elements_than_32_bits_count():
+    h, weight = random(1, 64).expand((1 << 20) + 16, 64).contiguous(), random(2056, 64)
+    h[-1] = random(64)
+    packed, metadata = cuda.relu2_sparsify(h)
+    out = cuda.sparse_mm(packed, metadata, weight)
+    assert torch.equal(out[:-1], out[:1].expand(out.shape[0] - 1, -1))
+    assert torch.equal(out[-16:], cuda.sparse_mm(packed[-16:], metadata[-16:], weight))
+
+
 def test_the_first_matmul_with_more_elements_than_32_bits_count():
     x, weight = random(1, 64).expand((1 << 15) + 16, 64).contiguous(), random(1 << 16, 64)
     x[-1] = random(64)
