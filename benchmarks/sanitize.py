@@ -41,9 +41,10 @@ MATMULS = {  # tokens, model_dim, hidden_dim
 }
 FIRST = {"linear_relu2_sparsify": [(3840, 584, 2112), (250, 64, 8768), (1279, 72, 3584), (200, 328, 320), (1, 8, 64)]}
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
+FP8 = {"fp8": [(1279, 584, 4672), (33, 136, 100), (250, 64, 8768), (3, 64, 64)]}  # tokens, model_dim, hidden_dim
 GRADIENTS = {"gradients": [(1283, 576, 2112), (131, 584, 192)]}  # tokens (three make no four), model_dim, hidden_dim
 PLANTED = "planted"
-CASES = ("relu2_sparsify", *MATMULS, *FIRST, *GRADIENTS, PLANTED)
+CASES = ("relu2_sparsify", *MATMULS, *FIRST, *GRADIENTS, *FP8, PLANTED)
 KERNELS = (
     "relu2_sparsify",
     "relu2_sparsify_any",
@@ -55,6 +56,9 @@ KERNELS = (
     "densest",
     "unpack",
     "columns",
+    "relu2_sparsify_fp8",
+    "relu2_sparsify_fp8_any",
+    "sparse_mm_fp8",
 )
 OURS = re.compile(rf"\b({'|'.join(KERNELS)}|planted_race)\b")
 RACE = """
@@ -80,6 +84,8 @@ def workload(case: str) -> None:
                 first_matmul(tokens, model_dim, hidden_dim, dtype)
             for tokens, model_dim, hidden_dim in GRADIENTS.get(case, ()):
                 gradients(tokens, model_dim, hidden_dim, dtype)
+            for tokens, model_dim, hidden_dim in FP8.get(case, ()):
+                fp8(tokens, model_dim, hidden_dim, dtype)
     torch.cuda.synchronize()
     print(DONE)
 
@@ -137,6 +143,20 @@ def gradients(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) 
         got, want = getattr(cuda, function)(*on_gpu), getattr(reference, function)(*arguments)
         pairs = zip(got, want) if isinstance(got, tuple) else [(got, want)]
         assert all(torch.equal(a.cpu(), b) for a, b in pairs), name
+
+
+def fp8(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) -> None:
+    """Products of small integers, so that nothing is rounded."""
+    h = torch.randn(tokens, hidden_dim).to(dtype)
+    got, want = cuda.relu2_sparsify_fp8(h.cuda()), reference.relu2_sparsify_fp8(h)
+    assert all(torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want))
+    _, metadata, scale = want
+    packed, weight = (
+        torch.randint(-1, 2, size).to(reference.E4M3) for size in ((tokens, hidden_dim // 2), (model_dim, hidden_dim))
+    )
+    others = metadata, torch.ones_like(scale), weight, torch.ones(model_dim), torch.ones(model_dim, dtype=dtype)
+    out = cuda.sparse_mm_fp8(packed.cuda(), *(each.cuda() for each in others), dtype)
+    assert torch.equal(out.cpu(), reference.sparse_mm_fp8(packed, *others, dtype))
 
 
 def planted(dtype: torch.dtype) -> None:

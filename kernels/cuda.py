@@ -112,6 +112,68 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
     return out
 
 
+def relu2_sparsify_fp8(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.relu2_sparsify_fp8``, bit for bit. Reads ``h`` once; rows may be strided.
+
+    The kernel takes H divisible by 16, up to 32768, in rows that are 16 bytes aligned; another one, for any H divisible
+    by 4, reads ``h`` twice.
+    """
+    index = h.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return relu2_sparsify_fp8(h)
+    if h.numel() == 0:
+        return reference.relu2_sparsify_fp8(h)
+    rows = (h if h.stride(-1) == 1 else h.contiguous()).reshape(-1, h.shape[-1])
+    plan = PLANS.packing_fp8(h.shape, rows.stride(0), rows.data_ptr() % 16 == 0, h.dtype, index)
+    packed, metadata, row_scale = (_empty(*shape) for shape in plan.outputs)
+    plan.launch(rows.data_ptr(), packed.data_ptr(), metadata.data_ptr(), row_scale.data_ptr())
+    return packed, metadata, row_scale
+
+
+def sparse_mm_fp8(
+    packed: Tensor,
+    metadata: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As ``reference.sparse_mm_fp8``, for a ``dtype`` of 16 bits: rounded once, deterministic.
+
+    Accumulated as tensor cores do it with e4m3, and ``torch._scaled_mm`` with ``use_fast_accum``: not quite in fp32.
+
+    The kernel takes H and D divisible by 64. For another D the weight is copied into a larger one; for another H this
+    unpacks and multiplies in fp32.
+    """
+    index = packed.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return sparse_mm_fp8(packed, metadata, row_scale, weight, weight_scale, bias, dtype)
+    if more := -weight.shape[0] % 64:
+        weight = pad(weight.view(torch.uint8), (0, 0, 0, more)).view(weight.dtype)
+        weight_scale, bias = pad(weight_scale, (0, more)), None if bias is None else pad(bias, (0, more))
+        out = sparse_mm_fp8(packed, metadata, row_scale, weight, weight_scale, bias, dtype)
+        return out[..., :-more].contiguous()
+    plan = PLANS.sparse_mm_fp8(packed.shape, weight.shape, dtype, index)
+    if plan is None:
+        return reference.sparse_mm_fp8(packed, metadata, row_scale, weight, weight_scale, bias, dtype)
+    metadata, row_scale, weight_scale = _aligned(metadata), _aligned(row_scale), _aligned(weight_scale)
+    bias = None if bias is None else _aligned(bias)
+    (out,) = (_empty(*shape) for shape in plan.outputs)
+    plan.run(
+        _aligned(packed),
+        _aligned(weight),
+        metadata.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        row_scale.data_ptr(),
+        weight_scale.data_ptr(),
+    )
+    return out
+
+
 def relu2_ffn(
     x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, feature_wise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

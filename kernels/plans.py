@@ -37,6 +37,7 @@ DEFINES = {
     "feature_wise_mm_transposed": {**_WISE, "GROUP": 4, "TRANSPOSED": 1},
     "feature_wise_mm_in_order": _WISE,
     "feature_wise_mm_in_order_transposed": {**_WISE, "TRANSPOSED": 1},
+    "sparse_mm_fp8": _SPARSE,  # two neighbouring e4m3 as one element of 16 bits
     "linear_relu2_sparsify": _DENSE,  # RUN 64: sixteen columns a thread, as many as it has metadata of
     "grad_hidden": {**_DENSE, "B_MN": 1},
 }
@@ -44,7 +45,7 @@ DEFINES = {
 
 def source(name: str) -> str:
     """The kernel's file, and its name in it."""
-    return name if name in ("linear_relu2_sparsify", "grad_hidden") else "sparse_mm"
+    return name if name in ("linear_relu2_sparsify", "grad_hidden", "sparse_mm_fp8") else "sparse_mm"
 
 
 Empty = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor to allocate
@@ -79,6 +80,35 @@ def _packing(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, 
 
 
 @dataclass(frozen=True)
+class _Simple:
+    outputs: tuple[Empty, ...]
+    launch: Launch
+
+
+def _packing_fp8(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dtype, index: int) -> _Simple:
+    launch.set_current(index)
+    *tokens, hidden_dim = shape
+    height, width = layout.metadata_shape(shape)
+    outputs = (
+        contiguous((*tokens, hidden_dim // 2), torch.float8_e4m3fn),
+        contiguous((height, width), torch.uint8),
+        contiguous(tokens, torch.float32),
+    )
+    count = shape.numel() // hidden_dim
+    sixteens = width // 2  # of columns
+    each = next((each for each in (1, 2, 4) if sixteens <= 512 * each), 0)  # of a thread, in registers
+    if each and hidden_dim % 16 == 0 and aligned and (stride % 8 == 0 or count == 1):
+        entry, threads, blocks = "relu2_sparsify_fp8", -(-sixteens // (32 * each)) * 32, height // 2
+    else:
+        entry, threads, blocks = "relu2_sparsify_fp8_any", _THREADS, height
+    kernel = _simple_kernel("relu2_sparsify_fp8", entry, dtype, index, (("EACH", max(each, 1)),))
+    # h, stride, packed, metadata, row_scale, count, hidden_dim
+    sizes = ctypes.c_int64(count), ctypes.c_int64(hidden_dim)
+    arguments = (POINTER, ctypes.c_int64(stride), *[POINTER] * 3, *sizes)
+    return _Simple(outputs, Launch(index, kernel, (blocks, 1), threads, 0, arguments))
+
+
+@dataclass(frozen=True)
 class _Matmul:
     outputs: tuple[Empty, ...]
     a_maps: Sequence[TensorMap]  # by whole tiles, and by lower ones
@@ -90,12 +120,6 @@ class _Matmul:
             a_map.point_to(a.data_ptr())
         self.b_map.point_to(b.data_ptr())
         self.launch(*pointers)
-
-
-@dataclass(frozen=True)
-class _Simple:
-    outputs: tuple[Empty, ...]
-    launch: Launch
 
 
 def _feature_wise(
@@ -158,6 +182,15 @@ def _sparse_mm(
     return _matmul(name, packed.numel() // packed[-1], model_dim, hidden_dim, dtype, index, outputs)
 
 
+def _sparse_mm_fp8(packed: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
+    model_dim, hidden_dim = weight
+    if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64:
+        return None
+    outputs = (contiguous((*packed[:-1], model_dim), dtype),)
+    # maps, metadata, bias, out, row_scale, weight_scale, shape
+    return _matmul("sparse_mm_fp8", packed.numel() // packed[-1], model_dim, hidden_dim // 2, dtype, index, outputs)
+
+
 def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
     hidden_dim, model_dim = weight
     if x.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
@@ -197,6 +230,7 @@ class Plans(threading.local):
     def __init__(self) -> None:
         cached = functools.lru_cache(maxsize=1024)
         self.packing, self.sparse_mm = cached(_packing), cached(_sparse_mm)
+        self.packing_fp8, self.sparse_mm_fp8 = cached(_packing_fp8), cached(_sparse_mm_fp8)
         self.linear_relu2_sparsify, self.grad_hidden = cached(_linear_relu2_sparsify), cached(_grad_hidden)
         self.feature_wise, self.feature_wise_mm = cached(_feature_wise), cached(_feature_wise_mm)
         self.densest, self.unpack, self.columns = cached(_densest), cached(_unpack), cached(_columns)
@@ -208,12 +242,13 @@ PLANS = Plans()
 def _matmul(
     name: str, rows: int, columns: int, depth: int, dtype: torch.dtype, index: int, outputs: tuple[Empty, ...]
 ) -> _Matmul:
-    """A of ``[rows, depth]`` and B of ``[columns, depth]``, in memory as ``DEFINES[name]`` says."""
+    """A of ``[rows, depth]`` and B of ``[columns, depth]``, as ``DEFINES[name]`` says, of 16 bits."""
     launch.set_current(index)
     kernel, clusters = _matmul_kernel(name, dtype, index)
     how = DEFINES[name]
     a_columns, run, group = how["A_COLUMNS"], how["RUN"], how["GROUP"]
-    stages = -(-depth // 256) * 4 if a_columns < K else -(-depth // K)  # metadata comes by four stages
+    together = 1 if a_columns == K else 2 if name == "sparse_mm_fp8" else 4  # stages, by the blocks of metadata
+    stages = -(-depth // (K * together)) * together
     shape, clusters = schedule.share_out(rows, columns, stages, clusters)
     stored, heights = depth * a_columns // K, (3, shape.lower_height)
     if how["A_MN"]:
@@ -231,15 +266,17 @@ def _matmul(
         b_size = depth, 2, 4, run // 8, columns // run
         b_strides = 2 * depth, 2 * depth * (run // 4), 4 * depth, 2 * depth * run
         b_map = TensorMap(dtype, b_size, b_strides, (K, 2, 4, run // 8, per_block // run))
-    pointers = 5 if source(name) == "sparse_mm" else 3
+    pointers = 5 if a_columns < K else 3
     arguments = (*(each.words for each in (*a_maps, b_map)), *[POINTER] * pointers, shape)
     ready = Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
     return _Matmul(outputs, a_maps, b_map, ready)
 
 
 @functools.cache
-def _simple_kernel(source: str, entry: str, dtype: torch.dtype, index: int) -> Any:
-    return _function(compile.kernel(source, entry, {"ELEMENT": ELEMENTS[dtype]}, index), index)
+def _simple_kernel(
+    source: str, entry: str, dtype: torch.dtype, index: int, more: tuple[tuple[str, int], ...] = ()
+) -> Any:
+    return _function(compile.kernel(source, entry, {"ELEMENT": ELEMENTS[dtype], **dict(more)}, index), index)
 
 
 @functools.cache

@@ -41,6 +41,25 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
     return take(relu2(h), index), layout.encode(index)
 
 
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX, E4M3_FLOOR = torch.finfo(E4M3).max, 1e-12  # of what is scaled, as torchao has it
+
+
+def relu2_sparsify_fp8(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``relu2_sparsify`` of 16-bit ``h`` to e4m3, with a scale for each row: ``packed, metadata, row_scale``.
+
+    ``row_scale [...]``, fp32, is the row's largest ``relu(h)**2`` (at least 1e-12) over 448; ``packed`` is what is kept
+    of ``relu(h)**2``, in fp32, times ``1 / row_scale``, rounded once. Infinity or NaN make NaN of all a row's products.
+    """
+    relu = h.clamp_min(0)
+    index = two_largest(relu)
+    kept = take(relu, index).float().square()
+    largest = kept.amax(-1) if kept.shape[-1] else kept.new_zeros(kept.shape[:-1])
+    row_scale = largest.clamp_min(E4M3_FLOOR) / E4M3_MAX
+    scaled = (kept * row_scale.reciprocal().unsqueeze(-1)).clamp_max(E4M3_MAX)
+    return scaled.to(E4M3), layout.encode(index), row_scale
+
+
 def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``relu2_sparsify`` of ``x @ weight.T + bias``, accumulated in fp32 and rounded once: ``[..., D]``, ``[H, D]``."""
     wide = accumulation_dtype(x.dtype)
@@ -78,6 +97,25 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
     dense = unpack(packed, metadata).to(wide)
     out = torch.nn.functional.linear(dense, weight.to(wide), None if bias is None else bias.to(wide))
     return out.to(packed.dtype)
+
+
+def sparse_mm_fp8(
+    packed: Tensor,
+    metadata: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``row_scale * (unpack(packed, metadata) @ weight.T) * weight_scale + bias``, rounded once to ``dtype``.
+
+    ``packed`` and ``weight [D, H]`` are e4m3, ``row_scale`` has the shape of ``packed`` without its last dimension,
+    ``weight_scale`` is ``[D]``, both fp32, ``bias [D]`` of ``dtype``. Accumulated in fp32.
+    """
+    dense = unpack(packed.float(), metadata)
+    out = torch.nn.functional.linear(dense, weight.float()) * row_scale.unsqueeze(-1) * weight_scale
+    return (out if bias is None else out + bias.float()).to(dtype)
 
 
 def sampled_mm(grad: Tensor, weight: Tensor, metadata: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <barrier>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -45,6 +46,13 @@ using std::min;
 
 inline void __trap() { abort(); }
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+template <class Function>
+u32 by_halves(u32 a, u32 b, Function function) {
+  return function(a & 0xFFFF, b & 0xFFFF) | function(a >> 16, b >> 16) << 16;
+}
+inline u32 __vmaxu2(u32 a, u32 b) { return by_halves(a, b, [](u32 x, u32 y) { return std::max(x, y); }); }
+inline u32 __vminu2(u32 a, u32 b) { return by_halves(a, b, [](u32 x, u32 y) { return std::min(x, y); }); }
+
 inline int of_block[256];
 template <int N>
 void block_sums(int (&values)[N]) {
@@ -63,6 +71,14 @@ inline int block_before(int& value) {
   __syncthreads();
   return before;
 }
+inline u32 block_max2(u32 value) {
+  of_block[threadIdx.x] = (int)value;
+  __syncthreads();
+  value = 0;
+  for (int other : of_block) value = __vmaxu2(value, (u32)other);
+  __syncthreads();
+  return value;
+}
 inline int __syncthreads_or(u32 value) {
   int any[1] = {value != 0};
   block_sums(any);
@@ -72,13 +88,6 @@ template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
-
-template <class Function>
-u32 by_halves(u32 a, u32 b, Function function) {
-  return function(a & 0xFFFF, b & 0xFFFF) | function(a >> 16, b >> 16) << 16;
-}
-inline u32 __vmaxu2(u32 a, u32 b) { return by_halves(a, b, [](u32 x, u32 y) { return std::max(x, y); }); }
-inline u32 __vminu2(u32 a, u32 b) { return by_halves(a, b, [](u32 x, u32 y) { return std::min(x, y); }); }
 
 inline float to_float(u32 half) {
   const u32 bits = half << 16;
@@ -93,6 +102,16 @@ inline u32 to_bf16(float value) {
   memcpy(&bits, &value, 4);
   return value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
+inline u32 to_e4m3(float value) {
+  const u32 sign = std::signbit(value) ? 0x80 : 0;
+  const float size = std::fabs(value);
+  if (size != size) return sign | 0x7F;
+  if (size >= 448) return sign | 0x7E;
+  if (size < 0x1p-6f) return sign | (u32)std::nearbyint(size * 0x1p9f);
+  const int exponent = std::ilogb(size);
+  return sign | ((u32)std::nearbyint(std::ldexp(size, 3 - exponent)) + 8 * (exponent + 6));
+}
+inline u32 pack_e4m3(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
 constexpr u32 MOST = 0x7F817F81u;
 inline u32 relu(u32 word) {
   return by_halves(word, 0, [](u32 half, u32) { return (half & 0x7FFF) > 0x7F80 ? 0x7FFFu : half & 0x8000 ? 0u : half; });
@@ -123,6 +142,7 @@ inline uint4 load_streaming(const void* pointer) {
   memcpy(&value, pointer, sizeof(value));
   return value;
 }
+inline void store_two(void* pointer, uint2 value) { memcpy(pointer, &value, sizeof(value)); }
 inline void store_four(void* pointer, uint4 value) { memcpy(pointer, &value, sizeof(value)); }
 
 // Blocks one after another, the threads of each at a time.

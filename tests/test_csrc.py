@@ -67,29 +67,42 @@ def test_packing(dtype, tmp_path):
     assert any("LDG.E.EF.128" in line for line in sass) and any("STG.E.128" in line for line in sass)
 
 
+@pytest.mark.parametrize("each", [1, 2, 4])
+@pytest.mark.parametrize("dtype", plans.ELEMENTS)
+def test_packing_to_fp8(dtype, each, tmp_path):
+    code = compile.cubin("relu2_sparsify_fp8", {"ELEMENT": plans.ELEMENTS[dtype], "EACH": each})
+    sass = instructions(code, tmp_path)
+    check_local_memory(sass)
+    assert any("LDG.E.EF.128" in line for line in sass) and any("STG.E.64" in line for line in sass)
+    assert any("F2FP.SATFINITE.E4M3" in line for line in sass)
+
+
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)
 @pytest.mark.parametrize("name", plans.DEFINES)
 def test_matmuls(name, dtype, tmp_path):
     sparse = plans.DEFINES[name]["A_COLUMNS"] == 32
-    # four stages of two steps, unrolled; a stage of four steps
+    # four stages of two steps, unrolled, or two; a stage of four steps
     product, count = ("HGMMA.SP.64x256x32.F32", 8) if sparse else ("HGMMA.64x256x16.F32", 4)
+    if name == "sparse_mm_fp8":
+        product, count = "QGMMA.SP.64x256x64.F32", 4
     sass = instructions(matmul(name, dtype), tmp_path)
     check_local_memory(sass)
-    element = {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
+    element = ".E4M3.E4M3" if product.startswith("Q") else {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
     assert sum(f"{product}{element} " in line for line in sass) == count
     # ptxas would wait for each product by itself where it cannot keep them apart (C7510)
     assert sum("DEPBAR.LE gsb0, 0x0" in line for line in sass) == 1
     # an acquire or release of cluster scope flushes caches at every stage
-    products = [i for i, line in enumerate(sass) if "HGMMA" in line]
+    products = [i for i, line in enumerate(sass) if "GMMA" in line]
     assert not [line for line in sass[products[0] : products[-1]] if re.search("CCTL|MEMBAR|ERRBAR", line)]
 
 
 @pytest.mark.parametrize("name", plans.DEFINES)
 def test_what_threads_exchange(name, tmp_path):
     """Nothing, where the order in which B is brought in leaves each thread what it stores; else each word once (ptxas
-    writes it twice where it does not know that a warp is together)."""
+    writes it twice where it does not know that a warp is together). For fp8, four words of metadata."""
     sass = instructions(matmul(name, torch.bfloat16), tmp_path)
-    assert sum("SHFL" in line for line in sass) in ((64, 128) if plans.DEFINES[name]["B_MN"] else (0,))
+    words = (4, 8) if name == "sparse_mm_fp8" else (64, 128) if plans.DEFINES[name]["B_MN"] else (0,)
+    assert sum("SHFL" in line for line in sass) in words
     assert sum("MOVM" in line for line in sass) == (64 if "transposed" in name else 0)
     majors = tuple(bool(plans.DEFINES[name][operand]) for operand in ("A_MN", "B_MN"))
     assert all(("tnspA" in line, "tnspB" in line) == majors for line in sass if "HGMMA" in line)
@@ -104,7 +117,7 @@ def test_metadata_is_not_overwritten_while_it_is_read(name, dtype, tmp_path):
     read, groups, seen = set(), [], 0  # by products not yet committed, and by each group of those that were
     for line in sass:
         if product := re.search(
-            r"HGMMA\.SP\S* R\d+, gdesc\[\w+\](?:\.tnsp[AB])*, R\d+, (?:!?UP\w+, )?(R\d+), 0x[01]", line
+            r"[HQ]GMMA\.SP\S* R\d+, gdesc\[\w+\](?:\.tnsp[AB])*, R\d+, (?:!?UP\w+, )?(R\d+)(?:, 0x[01])?", line
         ):
             read.add(product.group(1))
             seen += 1
@@ -113,8 +126,8 @@ def test_metadata_is_not_overwritten_while_it_is_read(name, dtype, tmp_path):
         elif wait := re.search(r"DEPBAR\.LE gsb0, 0x(\d)", line):
             groups = groups[len(groups) - int(wait.group(1)) :]
         written = re.match(r"(?:@!?U?P\w+ )?(?!ST|RED|SYNCS)\S+ (?:U?P\w+, )*(R\d+)", line)
-        assert "HGMMA" in line or not written or written.group(1) not in read.union(*groups), line
-    assert seen == 8 and not read and not groups
+        assert "GMMA" in line or not written or written.group(1) not in read.union(*groups), line
+    assert seen == (4 if name == "sparse_mm_fp8" else 8) and not read and not groups
 
 
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)

@@ -16,11 +16,20 @@ MAIN = """
 #include "feature_wise.cu"
 #include "unpack.cu"
 #include "densest.cu"
+namespace fp8 {
+#define EACH 2
+#include "relu2_sparsify_fp8.cu"
+}
 extern "C" {
 void run_pack(const u16* h, i64 stride, u16* packed, u32* metadata, i64 rows, i64 columns, bool any) {
   const i64 width = (columns + 255) / 256 * 256, padded = (rows + 15) / 16 * 16;
   if (any) launch(relu2_sparsify_any, (width + 2047) / 2048, padded, h, stride, packed, (u8*)metadata, rows, columns);
   else launch(relu2_sparsify, (width + 4095) / 4096, padded / 2, h, stride, packed, metadata, rows, columns);
+}
+void run_pack_fp8(const u16* h, i64 stride, u8* packed, u32* metadata, float* scale, i64 rows, i64 columns, bool any) {
+  const i64 padded = (rows + 15) / 16 * 16;
+  if (any) launch(fp8::relu2_sparsify_fp8_any, padded, 1, h, stride, packed, (u8*)metadata, scale, rows, columns);
+  else launch(fp8::relu2_sparsify_fp8, padded / 2, 1, h, stride, packed, metadata, scale, rows, columns);
 }
 void run_feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* codes, void* totals, u16* left,
                       i64 quarter, i64 width, i64 permuted, bool counted) {
@@ -48,7 +57,15 @@ void run_columns(const u16* packed, const u32* metadata, const i64* index, u16* 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     path = tmp_path_factory.mktemp("host")
-    for name in ("relu2_sparsify.cu", "feature_wise.cu", "unpack.cu", "densest.cu", "keep.cuh", "layout.cuh"):
+    for name in (
+        "relu2_sparsify.cu",
+        "feature_wise.cu",
+        "unpack.cu",
+        "densest.cu",
+        "relu2_sparsify_fp8.cu",
+        "keep.cuh",
+        "layout.cuh",
+    ):
         shutil.copy(compile.CSRC / name, path)
     shutil.copy(Path(__file__).parent / "stand_in.h", path / "ptx.cuh")
     (path / "main.cpp").write_text(MAIN)
@@ -89,6 +106,23 @@ def test_packing(tokens, hidden_dim, any_size, host):
     got = poisoned(packed), poisoned(metadata)
     host("run_pack", h, h.stride(0), *got, tokens, hidden_dim, any_size)
     assert same_bits(got[0], packed) and torch.equal(got[1], metadata)
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+@pytest.mark.parametrize(("tokens", "hidden_dim"), [(1, 16), (33, 272), (20, 4112), (18, 8192)])
+def test_packing_to_fp8(tokens, hidden_dim, any_size, host):
+    wide = hidden(tokens, hidden_dim + 8)
+    wide[1:2], wide[2:3] = -1, 1e-9  # a row of zeros, and one of which nothing is left
+    wide[3:4, 9] = 1e4  # one value beside which others are subnormal or vanish
+    wide[4:5, 10], wide[5:6, 11] = float("nan"), float("inf")
+    h = wide[:, 8:]
+    packed, metadata, scale = reference.relu2_sparsify_fp8(h)
+    got = poisoned(packed.view(torch.uint8)), poisoned(metadata), poisoned(scale)
+    host("run_pack_fp8", h, h.stride(0), *got, tokens, hidden_dim, any_size)
+    torch.testing.assert_close(got[2], scale, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(got[1], metadata)
+    values = got[0].view(torch.float8_e4m3fn).float(), packed.float()
+    torch.testing.assert_close(*values, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("counted", [True, False])

@@ -138,3 +138,63 @@ def test_matmuls_match_their_definitions():
     torch.testing.assert_close(out, relu2_24(h).double() @ weight.double().t() + bias)
     sampled = reference.unpack(reference.sampled_mm(grad.double(), weight.double(), metadata), metadata)
     torch.testing.assert_close(sampled, (grad.double() @ weight.double()) * mask24(h))
+
+
+def fp8(rows, dtype=torch.bfloat16):
+    packed, metadata, scale = reference.relu2_sparsify_fp8(torch.tensor(rows, dtype=dtype))
+    assert packed.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
+    return packed.float(), metadata, scale
+
+
+def test_fp8_scales_each_row_by_its_largest_square():
+    packed, metadata, scale = fp8([[1, 2, 0, 4], [0, 0, 3, 1], [8, -9, 7, 0]])
+    assert torch.equal(scale, torch.tensor([16, 9, 64.0]) / 448)
+    assert torch.equal(
+        packed, torch.tensor([[112, 448], [448, 48], [448, 352.0]])
+    )  # 448 / 9 and 448 * 49 / 64, rounded
+    assert torch.equal(
+        metadata, reference.relu2_sparsify(torch.tensor([[1, 2, 0, 4], [0, 0, 3, 1], [8, -9, 7, 0.0]]))[1]
+    )
+
+
+def test_fp8_at_the_edges():
+    packed, _, scale = fp8([[-1, 0, -2, -0.0], [1e-9, 0, 0, 0], [2e4, 100, 20, 1], [NAN, 1, 0, 0], [INF, 1, 0, 0]])
+    assert torch.equal(scale[:2], torch.full((2,), 1e-12) / 448), "not less, and nothing is divided by zero"
+    assert torch.equal(packed[:2], torch.zeros(2, 2)) and not packed[:2].signbit().any()
+    assert packed[2, 0] == 448 and packed[2, 1] == 2.0**-6 * 0.75  # subnormal beside a large one
+    assert scale[3].isnan() and packed[3].isnan().all() and packed[4, 0].isnan() and packed[4, 1] == 0
+    weight, ones = torch.ones(1, 4).to(torch.float8_e4m3fn), torch.ones(1)
+    h = torch.tensor([[NAN, 1, 0, 0], [INF, 1, 0, 0], [1, 1, 0, 0]])
+    out = reference.sparse_mm_fp8(*reference.relu2_sparsify_fp8(h), weight, ones, None, torch.float32)
+    assert out[:2].isnan().all() and out[2] == 2, "rows do not touch each other"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp8_rounds_once(dtype):
+    h = torch.randn(5, 3, 64).to(dtype)
+    packed, metadata, scale = reference.relu2_sparsify_fp8(h)
+    assert scale.shape == (5, 3) and torch.equal(metadata, reference.relu2_sparsify(h)[1])
+    kept = reference.take(h.clamp_min(0), reference.two_largest(h.clamp_min(0))).double().square()
+    error = (packed.double() * scale.double().unsqueeze(-1) - kept).abs()
+    step = kept * 2.0**-4  # half of the last place of three bits
+    assert (error <= step.maximum(scale.double().unsqueeze(-1) * 2.0**-10) * (1 + 1e-5)).all()
+    assert torch.equal(packed.float().amax(-1), torch.full((5, 3), 448.0))
+
+
+def test_fp8_products_are_scaled_and_rounded_once():
+    weight, bias = torch.randn(7, 64), torch.randn(7).bfloat16()
+    weight_scale = weight.abs().amax(-1) / 448
+    quantised = (weight / weight_scale[:, None]).to(torch.float8_e4m3fn)
+    packed, metadata, scale = reference.relu2_sparsify_fp8(torch.randn(2, 9, 64))
+    got = reference.sparse_mm_fp8(packed, metadata, scale, quantised, weight_scale, bias, torch.bfloat16)
+    dense = reference.unpack(packed.double(), metadata) * scale[..., None]
+    want = dense @ (quantised.double() * weight_scale[:, None]).t() + bias
+    assert got.dtype == torch.bfloat16 and got.shape == (2, 9, 7)
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
+def test_fp8_of_nothing(shape):
+    packed, metadata, scale = reference.relu2_sparsify_fp8(torch.zeros(shape))
+    assert packed.shape == (shape[0], shape[1] // 2) and scale.shape == shape[:1]
+    assert metadata.shape == layout.metadata_shape(shape)

@@ -116,6 +116,18 @@ __device__ __forceinline__ int block_before(int& value) {
   return before;
 }
 
+// The largest of each half, over the threads of a block of whole warps.
+__device__ __forceinline__ u32 block_max2(u32 value) {
+  __shared__ u32 values[32];
+  const int lane = threadIdx.x % 32;
+  for (int step = 16; step > 0; step /= 2) value = __vmaxu2(value, __shfl_xor_sync(~0u, value, step));
+  if (lane == 0) values[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = lane < blockDim.x / 32 ? values[lane] : 0;
+  for (int step = 16; step > 0; step /= 2) value = __vmaxu2(value, __shfl_xor_sync(~0u, value, step));
+  return value;
+}
+
 // --- clusters
 
 __device__ __forceinline__ u32 cluster_rank() {
@@ -204,6 +216,17 @@ __device__ __forceinline__ void wgmma_sparse(float (&d)[128], u64 a, u64 b, u32 
       : "l"(a), "l"(b), "r"(metadata), "n"(SELECTOR), "n"(A_MAJOR), "n"(B_MAJOR));
 }
 
+// The same of e4m3, with 64 columns of K. All four threads of a quad give metadata.
+__device__ __forceinline__ void wgmma_sparse_e4m3(float (&d)[128], u64 a, u64 b, u32 metadata) {
+  asm volatile(
+      "{.reg .pred p; setp.eq.u32 p, 0, 0;\n"
+      "wgmma.mma_async.sp.sync.aligned.m64n256k64.f32.e4m3.e4m3"
+      " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+      "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, %130, 0, p, 1, 1;}"
+      : FLOATS_32(0), FLOATS_32(32), FLOATS_32(64), FLOATS_32(96)
+      : "l"(a), "l"(b), "r"(metadata));
+}
+
 // d (64 x 256) += A (64 x 16) * B (256 x 16)^T.
 template <int A_MAJOR, int B_MAJOR>
 __device__ __forceinline__ void wgmma_dense(float (&d)[128], u64 a, u64 b) {
@@ -225,6 +248,13 @@ __device__ __forceinline__ u32 pack_floats(float low, float high) {
   u32 word;
   asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+}
+
+// Two e4m3 in the low half; what is too large becomes the largest, 448.
+__device__ __forceinline__ u32 pack_e4m3(float low, float high) {
+  u16 two;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+  return two;
 }
 
 // Of 8 x 8 values, row g of which threads 4 g to 4 g + 3 have, the same threads get column g.
@@ -284,6 +314,10 @@ __device__ __forceinline__ uint4 load_streaming(const void* pointer) {
 __device__ __forceinline__ void store_four(void* pointer, uint4 value) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
+}
+
+__device__ __forceinline__ void store_two(void* pointer, uint2 value) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(pointer), "r"(value.x), "r"(value.y) : "memory");
 }
 
 // The compiler may not move this over a wait: what it overwrites is read by wgmma until then.

@@ -1,0 +1,89 @@
+// out[T, D] = (unpack(packed[T, H/2], metadata) @ weight[D, H]^T) * row_scale[T] * weight_scale[D] + bias[D]: e4m3 operands, fp32
+// accumulation, 16-bit floats out. See tiles.cuh, to which two neighbouring e4m3 are one element of 16 bits.
+
+#include "tiles.cuh"
+
+struct SparseMM {
+  const TensorMap &a_map, &lower_map, &b_map;
+  const uint4* metadata;
+  const u16* bias;
+  u16* out;
+  const float *row_scale, *weight_scale;
+  const Shape& shape;
+
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
+    // A warp's block of metadata, 16 rows by 256 entries, two stages; beyond the last row the last one: what comes of it is not
+    // stored.
+    const int block = min(tile.row / 16 + (int)thread_index() / 32, (shape.tokens - 1) / 16);
+    u32 at = (u32)block * (shape.stages / 2) * 32 + thread_index() % 32;  // 32 bits count 64 GB
+    uint4 next = load_metadata(metadata + at);
+    for (int left = shape.stages / 2; left > 0; --left) {
+      const u32 codes[4] = {of_one_row(next.x), of_one_row(next.y), of_one_row(next.z), of_one_row(next.w)};
+      if (left > 1) at += 32;
+      next = load_metadata(metadata + at);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const u64 a = a_descriptor(ring), b = b_descriptor(ring);
+        ring.wait();
+        wgmma_fence();
+        wgmma_sparse_e4m3(d, a, b, codes[2 * part]);
+        wgmma_sparse_e4m3(d, a + A_STEP, b + B_STEP, codes[2 * part + 1]);
+        wgmma_commit();
+        if (part == 0) {
+          ring.next();
+          continue;
+        }
+        wgmma_wait<0>();  // before the metadata's registers are written again: see sparse_mm.cu
+        ring.release(ring.previous());
+        ring.release(ring.at);
+        ring.next();
+      }
+    }
+  }
+
+  // For 8-bit types thread q of a quad has row g + 8 (q % 2), entries 32 (q / 2) to 32 (q / 2) + 31 of each 64; in memory it has 16
+  // entries of both rows. So neighbours exchange a half.
+  __device__ __forceinline__ static u32 of_one_row(u32 word) {
+    const u32 other = __shfl_xor_sync(~0u, word, 1);
+    return thread_index() % 2 ? permute_bytes<0x7632>(other, word) : permute_bytes<0x5410>(word, other);
+  }
+
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
+    const Place place = place_of(tile);
+    u16* line = out + (i64)place.row * shape.columns + place.column;
+    float scales[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) scales[half] = __ldg(row_scale + min(place.row + 8 * half, shape.tokens - 1));
+#pragma unroll
+    for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
+      const int column = RUN / 8 * i;
+      if (tile.column + column >= shape.columns) return;
+      const uint4 biases = bias == nullptr ? uint4() : __ldg((const uint4*)(bias + place.column + column));
+      const u32 two[4] = {biases.x, biases.y, biases.z, biases.w};
+      u32 words[2][4];
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {  // two columns at a time: there are no registers to spare
+        const float2 factors = __ldg((const float2*)(weight_scale + place.column + column) + a);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* v = d + 2 * i + 4 * a + 2 * half;
+          words[half][a] = pack_floats(v[0] * scales[half] * factors.x + low_float(two[a]),
+                                       v[1] * scales[half] * factors.y + high_float(two[a]));
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (place.row + 8 * half >= shape.tokens) continue;
+        const u32(&w)[4] = words[half];
+        store_four(line + 8 * half * (i64)shape.columns + column, make_uint4(w[0], w[1], w[2], w[3]));
+      }
+    }
+  }
+};
+
+MATMUL sparse_mm_fp8(const __grid_constant__ TensorMap packed_map, const __grid_constant__ TensorMap lower_map,
+                     const __grid_constant__ TensorMap weight_map, const uint4* __restrict__ metadata,
+                     const u16* __restrict__ bias, u16* __restrict__ out, const float* __restrict__ row_scale,
+                     const float* __restrict__ weight_scale, const __grid_constant__ Shape shape) {
+  walk(SparseMM{packed_map, lower_map, weight_map, metadata, bias, out, row_scale, weight_scale, shape}, shape);
+}

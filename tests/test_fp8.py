@@ -1,0 +1,214 @@
+"""On a Hopper GPU: the fp8 kernels against the reference, bit for bit where they pack, and against torchao's matmul.
+
+python -m pytest tests/test_fp8.py
+"""
+
+import threading
+
+import pytest
+import torch
+from hopper_kernels import DTYPES, ROWS, made_of, needs_hopper, poison, random, untouched
+
+from ao_act24.kernels import cuda, layout, reference
+
+pytestmark = needs_hopper
+E4M3 = torch.float8_e4m3fn
+
+
+def check_packing(h):
+    """Bit by bit, but that a NaN is any NaN."""
+    packed, metadata, scale = cuda.relu2_sparsify_fp8(h)
+    want = reference.relu2_sparsify_fp8(h)
+    assert packed.dtype == E4M3 and packed.shape == want[0].shape and scale.shape == want[2].shape
+    assert torch.equal(metadata, want[1])
+    torch.testing.assert_close(scale, want[2], rtol=0, atol=0, equal_nan=True)
+    bits = [t.view(torch.uint8).masked_fill(t.float().isnan(), 0) for t in (packed, want[0])]
+    assert torch.equal(packed.float().isnan(), want[0].float().isnan()) and torch.equal(*bits)
+
+
+def quantised(*shape):
+    weight = random(*shape)
+    scale = weight.float().abs().amax(-1) / 448
+    return (weight.float() / scale[:, None]).to(E4M3), scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 63, 64, 65, 127, 1000])
+@pytest.mark.parametrize("hidden_dim", [4, 12, 16, 48, 64, 100, 1024, 4100, 8192, 8208, 16400, 32768, 40000])
+def test_packing_of_any_shape(tokens, hidden_dim, dtype):
+    check_packing(random(tokens, hidden_dim, dtype=dtype))
+    check_packing(random(2, tokens, hidden_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_of_every_value(dtype):
+    """Each beside each of some others, which decide the scale: zero, subnormal, infinite, not a number."""
+    every = torch.arange(-32768, 32768, device="cuda").to(torch.int16).view(dtype)
+    for others in (-1.0, 0.0, 1e-7, 1.0, 200.0, 6e4, float("nan"), float("inf")):
+        rest = torch.full_like(every, others)
+        for position in range(4):
+            group = [rest] * 4
+            group[position] = every
+            check_packing(torch.stack(group, -1).reshape(-1, 4))
+            check_packing(torch.stack(group, -1).reshape(-1, 16))
+
+
+@pytest.mark.parametrize("hidden_dim", [512, 100])
+def test_packing_of_strided_and_unaligned_rows(hidden_dim):
+    wide = random(70, 2 * hidden_dim + 8)
+    for start in (0, 1, 8):
+        check_packing(wide[:, start : start + hidden_dim])
+    check_packing(random(hidden_dim, 70).t()[:, : hidden_dim // 4 * 4])
+    check_packing(random(3, 5, 2 * hidden_dim)[..., hidden_dim:])
+
+
+def test_more_elements_than_32_bits_count():
+    h = random(1, 1 << 15).expand((1 << 16) + 16, 1 << 15).contiguous()
+    h[-1, -16:] = random(16) * 8
+    packed, metadata, scale = cuda.relu2_sparsify_fp8(h)
+    want = reference.relu2_sparsify_fp8(h[-16:])
+    assert torch.equal(packed[-16:].view(torch.uint8), want[0].view(torch.uint8))
+    assert torch.equal(metadata[-16:], want[1]) and torch.equal(scale[-16:], want[2])
+    weight, weight_scale = quantised(64, 1 << 15)
+    out = cuda.sparse_mm_fp8(packed, metadata, scale, weight, weight_scale, None, torch.bfloat16)
+    assert torch.equal(out[:-1], out[:1].expand(out.shape[0] - 1, -1))
+    last = cuda.sparse_mm_fp8(packed[-16:], metadata[-16:], scale[-16:], weight, weight_scale, None, torch.bfloat16)
+    assert torch.equal(out[-16:], last)
+
+
+def operands(tokens, model_dim, hidden_dim, dtype=torch.bfloat16):
+    return *reference.relu2_sparsify_fp8(random(tokens, hidden_dim, dtype=dtype)), *quantised(model_dim, hidden_dim)
+
+
+def check_matmul(tokens, model_dim, hidden_dim, dtype=torch.bfloat16, bias=True):
+    """Against fp64, beside dense fp8 of the same data."""
+    packed, metadata, scale, weight, weight_scale = operands(tokens, model_dim, hidden_dim, dtype)
+    offset = random(model_dim, dtype=dtype) if bias else None
+    got = cuda.sparse_mm_fp8(packed, metadata, scale, weight, weight_scale, offset, dtype)
+    assert got.shape == (tokens, model_dim) and got.dtype == dtype
+    dense = reference.unpack(packed.float(), metadata)
+    exact = dense.double() @ weight.double().t() * scale.double()[:, None] * weight_scale.double()
+    exact = exact if offset is None else exact + offset
+    error = (got.double() - exact).norm()
+    if tokens and not (model_dim % 16 or hidden_dim % 16) and dtype == torch.bfloat16:
+        scales = {"scale_a": scale[:, None], "scale_b": weight_scale[None]}
+        theirs = torch._scaled_mm(
+            dense.to(E4M3), weight.t(), bias=offset, out_dtype=dtype, use_fast_accum=True, **scales
+        )
+        assert error <= 1.02 * (theirs.double() - exact).norm()
+    assert error <= 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 191, 193, 383, 385, 1000, 8191])
+@pytest.mark.parametrize(
+    ("model_dim", "hidden_dim"), [(64, 64), (320, 192), (576, 1088), (2048, 704), (4096, 256), (512, 8320)]
+)
+def test_matmul(tokens, model_dim, hidden_dim):
+    check_matmul(tokens, model_dim, hidden_dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [0, 256, 384])
+def test_matmul_dtypes_and_bias(tokens, bias, dtype):
+    check_matmul(tokens, 512, 512, dtype, bias)
+
+
+@pytest.mark.parametrize(("model_dim", "hidden_dim"), [(7, 64), (64, 68), (12, 12), (100, 256)])
+def test_sizes_that_the_kernel_does_not_take(model_dim, hidden_dim):
+    check_matmul(65, model_dim, hidden_dim)
+    check_matmul(0, model_dim, hidden_dim)
+
+
+@pytest.mark.parametrize("hidden_dim", [64, 192, 448, 1024])
+def test_where_each_value_is_multiplied(hidden_dim):
+    """Small integers: no sum is rounded, so that each bit is known."""
+    packed = torch.randint(-2, 3, (300, hidden_dim // 2), device="cuda").to(E4M3)
+    _, metadata = reference.relu2_sparsify(random(300, hidden_dim))
+    weight = torch.randint(-2, 3, (320, hidden_dim), device="cuda").to(E4M3)
+    row_scale = torch.randint(1, 5, (300,), device="cuda").float()
+    weight_scale = 2.0 ** torch.randint(-2, 3, (320,), device="cuda")
+    got = cuda.sparse_mm_fp8(packed, metadata, row_scale, weight, weight_scale, None, torch.bfloat16)
+    want = reference.sparse_mm_fp8(packed, metadata, row_scale, weight, weight_scale, None, torch.bfloat16)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("tokens", "model_dim", "hidden_dim"), [(64, 64, 128), (1024, 512, 4096), (192, 2048, 1280)])
+def test_torchaos_kernel_gives_the_same(tokens, model_dim, hidden_dim):
+    """From our packed data, in its layout of metadata."""
+    ops = pytest.importorskip("torchao.ops")
+    if not hasattr(torch.ops.torchao, "rowwise_scaled_linear_sparse_cutlass_f8f8"):
+        pytest.skip("this torchao has no sparse fp8 kernel")
+    packed, metadata, scale, weight, weight_scale = operands(tokens, model_dim, hidden_dim)
+    theirs = layout.to_cutlass_sm90_fp8(layout.to_rows(metadata, tokens, hidden_dim))
+    want = ops.rowwise_scaled_linear_sparse_cutlass_f8f8(
+        weight, weight_scale, packed, theirs, scale, out_dtype=torch.bfloat16
+    ).t()
+    got = cuda.sparse_mm_fp8(packed, metadata, scale, weight, weight_scale, None, torch.bfloat16)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
+
+
+def test_nan_and_infinity_stay_in_their_rows():
+    h = random(300, 512)
+    h[5, 7], h[9, 100] = float("nan"), float("inf")
+    out = cuda.sparse_mm_fp8(*cuda.relu2_sparsify_fp8(h), *quantised(320, 512), None, torch.bfloat16)
+    assert out[[5, 9]].isnan().all()
+    assert out[[row for row in range(300) if row not in (5, 9)]].isfinite().all()
+
+
+def test_every_output_is_written_and_nothing_else(monkeypatch):
+    arguments = (*operands(8190, 2048, 512), None, torch.bfloat16)
+    want = cuda.sparse_mm_fp8(*arguments)
+    hidden = [random(999, 1000), random(333, 4096)]
+    packed = [reference.relu2_sparsify_fp8(h) for h in hidden]
+
+    def poisoned_fp8(shape, strides, dtype):  # e4m3 has no masked fills: as bytes
+        found = poisoned(shape, strides, torch.uint8 if dtype == E4M3 else dtype)
+        return found.view(dtype) if dtype == E4M3 else found
+
+    guards = poison(monkeypatch)
+    poisoned = cuda._empty
+    monkeypatch.setattr(cuda, "_empty", poisoned_fp8)
+    assert torch.equal(cuda.sparse_mm_fp8(*arguments), want)
+    for h, right in zip(hidden, packed):
+        got = cuda.relu2_sparsify_fp8(h)
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, right))
+    assert len(guards) == 7 and untouched(guards)
+
+
+@pytest.mark.parametrize("clusters", [66, 2])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_tiles_of_any_height_in_turn(rows, clusters, monkeypatch):
+    tokens = made_of(rows, monkeypatch, clusters)
+    check_matmul(tokens, 320, 2176)
+    check_matmul(tokens, 1088, 1088)
+
+
+def test_the_same_bits_every_time_in_graphs_and_on_other_streams():
+    h, weight = random(1279, 2112), quantised(2112, 2112)
+
+    def run():
+        return cuda.sparse_mm_fp8(*cuda.relu2_sparsify_fp8(h), *weight, None, torch.bfloat16)
+
+    want = run()
+    assert all(torch.equal(run(), want) for _ in range(100))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    h.copy_(h.flip(0))
+    graph.replay()
+    assert torch.equal(captured, run()) and torch.equal(captured, want.flip(0))
+    results = []
+
+    def elsewhere():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results.extend(run() for _ in range(20))
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=elsewhere) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 40 and all(torch.equal(result, captured) for result in results)
