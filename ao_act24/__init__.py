@@ -21,7 +21,7 @@ _root = Path(__file__).parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kernels" / "layout.py").is_file():
     __path__.append(str(_root))
 
-from ao_act24 import autograd, ops  # noqa: E402
+from ao_act24 import autograd, ops, ops_fp8  # noqa: E402
 from ao_act24.backend import Act24Backend, Act24Pass  # noqa: E402
 from ao_act24.config import Act24Config  # noqa: E402
 from ao_act24.explain import explain  # noqa: E402
@@ -49,6 +49,7 @@ __all__ = [
     "explain",
     "measure",
     "ops",
+    "ops_fp8",
     "sparsify_",
     "unsparsify_",
 ]

@@ -37,6 +37,8 @@ KERNELS = (  # functions of kernels.cuda, each named as its operator
     "feature_wise_mm",
     "unpack",
     "columns",
+    "relu2_sparsify_fp8",
+    "sparse_mm_fp8",
 )
 DIRECT = {getattr(torch.ops.ao_act24, name).default: f"ao_act24_cuda.{name}" for name in KERNELS}
 

@@ -20,12 +20,15 @@ _empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-define
 
 @torch.compiler.assume_constant_result
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
-    """Why there is no fast kernel for tensors of ``dtype`` on ``device``; empty if there is. int32 is for counts."""
+    """Why there is no fast kernel for tensors of ``dtype`` on ``device``; empty if there is. int32 is for counts, e4m3
+    for what was packed."""
     if device.type != "cuda":
         return f"there is no 2:4 kernel for {device.type}"
     index = torch.cuda.current_device() if device.index is None else device.index
     return _why_not_gpu(index) or (
-        "" if dtype in ELEMENTS or dtype == torch.int32 else f"the 2:4 kernels take bfloat16 and float16, got {dtype}"
+        ""
+        if dtype in (*ELEMENTS, torch.int32, reference.E4M3)
+        else f"the 2:4 kernels take bfloat16 and float16, got {dtype}"
     )
 
 

@@ -21,7 +21,8 @@ KERNELS = {
     "columns": 6,
 }
 KERNELS |= {"feature_wise_counts": 4, "feature_wise_sums": 4}
-ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 9, 5: 5, 6: 7, 7: 9, 8: 5}  # how many each has
+KERNELS |= {"relu2_sparsify_fp8": 9, "relu2_sparsify_fp8_any": 10, "sparse_mm_fp8": 7}
+ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 9, 5: 5, 6: 7, 7: 9, 8: 5, 9: 7, 10: 7}  # how many each has
 STREAM = 0x7FFF00000040
 SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
 BF16 = torch.bfloat16
@@ -38,7 +39,7 @@ class Driver:
 
     def cuLaunchKernel(self, kernel, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
         assert (z, threads_y, threads_z, stream, extra) == (1, 1, 1, STREAM, 0)
-        self.launches, self.blocks = self.launches + 1, x * y
+        self.launches, self.blocks, self.threads = self.launches + 1, x * y, threads
         self.arguments = (ctypes.c_void_p * ARGUMENTS[kernel]).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
         return SUCCESS
@@ -76,6 +77,43 @@ def test_packing(launched):
         sizes = [64, 48, 64] if h.is_contiguous() else [128, 9, 64]
         assert launched.words == [h.data_ptr(), sizes[0], packed.data_ptr(), metadata.data_ptr(), *sizes[1:]]
     assert launched.launches == 3
+
+
+@pytest.mark.parametrize(
+    "hidden_dim, blocks, threads, fast",
+    [(64, 16, 32, True), (8192, 16, 512, True), (8208, 16, 288, True), (32768, 16, 512, True), (32784, 32, 256, False)],
+)
+def test_packing_to_fp8(hidden_dim, blocks, threads, fast, launched):
+    """Up to 32768 columns lie in the registers of a block of up to 512 threads, a pair of rows each."""
+    wide = torch.randn(3, 7, hidden_dim + 8).to(BF16)
+    for h, is_fast in ((wide[..., 8:], fast), (wide[..., 4:-4], False), (wide[..., 8:].contiguous(), fast)):
+        packed, metadata, scale = cuda.relu2_sparsify_fp8(h)
+        want = reference.relu2_sparsify_fp8(h)
+        assert [(t.shape, t.dtype) for t in (packed, metadata, scale)] == [(t.shape, t.dtype) for t in want]
+        outputs = [t.data_ptr() for t in (packed, metadata, scale)]
+        assert launched.words == [h.data_ptr(), h.stride(1), *outputs, 21, hidden_dim]
+        assert (launched.blocks, launched.threads) == ((blocks, threads) if is_fast else (32, 256))
+
+
+@pytest.mark.parametrize("hidden_dim", [512, 448, 64])
+def test_sparse_mm_fp8(hidden_dim, launched):
+    """Two e4m3 are one element of the maps; stages of 128 entries come by two."""
+    for bias in (torch.randn(256).to(BF16), None):
+        packed, metadata, scale = reference.relu2_sparsify_fp8(torch.randn(2, 250, hidden_dim).to(BF16))
+        weight, weight_scale = torch.randn(256, hidden_dim).to(packed.dtype), torch.ones(256)
+        out = cuda.sparse_mm_fp8(packed, metadata, scale, weight, weight_scale, bias, BF16)
+        assert out.shape == (2, 250, 256) and out.dtype == BF16
+        assert launched.words[:4] == [*[packed.data_ptr()] * 2, weight.data_ptr(), metadata.data_ptr()]
+        pointers = 0 if bias is None else bias.data_ptr(), out.data_ptr(), scale.data_ptr(), weight_scale.data_ptr()
+        assert launched.words[4:8] == [*pointers]
+        shape = schedule.Shape.from_address(launched.arguments[-1])
+        assert (shape.tokens, shape.columns, shape.stages) == (500, 256, -(-hidden_dim // 256) * 2)
+        (sizes, strides, box), *_, (b_sizes, b_strides, b_box) = launched.maps[:3]
+        assert (sizes, strides[0], box[:2]) == ([hidden_dim // 4, 500, 1], hidden_dim // 2, [32, 192])
+        assert (b_sizes, b_strides[0], b_box[0]) == ([hidden_dim // 2, 2, 4, 4, 8], hidden_dim, 64)
+        assert sizes[0] * 2 == packed.shape[-1] and b_sizes[0] * 2 == weight.shape[-1]
+        launched.maps.clear()
+        cuda.PLANS.sparse_mm_fp8.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [384 * 66, 500])

@@ -1,0 +1,93 @@
+"""The fp8 operators: registration, errors, no gradients, what the compiler makes of them."""
+
+import pytest
+import torch
+
+from ao_act24 import ops_fp8
+
+E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
+
+
+def operands(tokens=(3, 5), hidden_dim=12, out_dim=7, dtype=BF16):
+    packed, metadata, row_scale = ops_fp8.relu2_sparsify_fp8(torch.randn(*tokens, hidden_dim).to(dtype))
+    weight, bias = torch.randn(out_dim, hidden_dim).to(E4M3), torch.randn(out_dim).to(dtype)
+    return packed, metadata, row_scale, weight, torch.rand(out_dim), bias, dtype
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("tokens, hidden_dim", [((3, 5), 12), ((4,), 16), ((), 8), ((0,), 4)])
+def test_opcheck(tokens, hidden_dim, dtype):
+    """But for the schema's test, which computes with its arguments: there is no arithmetic on e4m3."""
+    tests = {"test_utils": ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")}
+    h = torch.randn(*tokens, hidden_dim).to(dtype)
+    torch.library.opcheck(torch.ops.ao_act24.relu2_sparsify_fp8.default, (h,), **tests)
+    arguments = operands(tokens, hidden_dim, dtype=dtype)
+    torch.library.opcheck(torch.ops.ao_act24.sparse_mm_fp8.default, arguments, **tests)
+    torch.library.opcheck(torch.ops.ao_act24.sparse_mm_fp8.default, (*arguments[:5], None, dtype), **tests)
+
+
+NAMES = ("packed", "metadata", "row_scale", "weight", "weight_scale", "bias", "dtype")
+
+
+@pytest.mark.parametrize(
+    "name, value, error, message",
+    [
+        ("packed", torch.zeros(3, 5, 6), TypeError, "packed must have dtype float8_e4m3fn, got torch.float32"),
+        (
+            "packed",
+            torch.zeros(3, 5, 7).to(E4M3),
+            ValueError,
+            "packed must be .* H divisible by 4, got shape .3, 5, 7.",
+        ),
+        ("metadata", torch.zeros(16, 32), TypeError, "metadata must have dtype uint8, got torch.float32"),
+        ("metadata", torch.zeros(15, 32, dtype=torch.uint8), ValueError, "metadata must have shape .16, 32."),
+        ("row_scale", torch.ones(3, 5).double(), TypeError, "row_scale must have dtype float32, got torch.float64"),
+        ("row_scale", torch.ones(3, 5, 1), ValueError, "row_scale must have shape .3, 5., got .3, 5, 1."),
+        ("weight", torch.zeros(7, 12).to(BF16), TypeError, "weight must have dtype float8_e4m3fn, got torch.bfloat16"),
+        ("weight", torch.zeros(7, 16).to(E4M3), ValueError, "weight must be .D, H. with H = 12 as in packed"),
+        ("weight_scale", torch.ones(7, 1), ValueError, "weight_scale must have shape .7,., got .7, 1."),
+        ("bias", torch.ones(7), TypeError, "bias must have dtype torch.bfloat16 as out, got torch.float32"),
+        ("bias", torch.ones(8).to(BF16), ValueError, "bias must have shape .7,. as weight has rows, got .8,."),
+        ("dtype", torch.float32, TypeError, "dtype must be bfloat16 or float16, got torch.float32"),
+        ("weight", torch.zeros(7, 12, device="meta").to(E4M3), ValueError, "weight must be on the device of packed"),
+    ],
+)
+def test_errors_name_the_argument(name, value, error, message):
+    arguments = dict(zip(NAMES, operands())) | {name: value}
+    with pytest.raises(error, match=message):
+        ops_fp8.sparse_mm_fp8(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    "h, error, message",
+    [
+        (torch.zeros(3, 8), TypeError, "the dtype of h must be bfloat16 or float16, got torch.float32"),
+        (torch.zeros(3, 6).to(BF16), ValueError, "the last dimension of h must be divisible by 4, got 6"),
+        (torch.tensor(1.0).to(BF16), ValueError, "h must have at least one dimension, got a scalar"),
+    ],
+)
+def test_errors_of_packing(h, error, message):
+    with pytest.raises(error, match=message):
+        ops_fp8.relu2_sparsify_fp8(h)
+
+
+def test_no_gradient_is_no_silent_zero():
+    h = torch.randn(4, 8).to(BF16).requires_grad_()
+    packed, metadata, row_scale = ops_fp8.relu2_sparsify_fp8(h)
+    weight = torch.ones(3, 8).to(E4M3)
+    out = ops_fp8.sparse_mm_fp8(packed, metadata, row_scale, weight, torch.ones(3), None, BF16)
+    with pytest.raises(NotImplementedError, match="the fp8 operators have no gradient: fp8 is for inference"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic):
+    weight, scale, bias = torch.randn(7, 64).to(E4M3), torch.rand(7), torch.randn(7).to(BF16)
+
+    def ffn(h):
+        return ops_fp8.sparse_mm_fp8(*ops_fp8.relu2_sparsify_fp8(h * 2), weight, scale, bias, BF16) + 1
+
+    compiled = torch.compile(ffn, fullgraph=True, dynamic=dynamic)
+    for tokens in (3, 5, 8):
+        h = torch.randn(2, tokens, 64).to(BF16)
+        torch.testing.assert_close(compiled(h), ffn(h), rtol=2**-7, atol=1e-2)
