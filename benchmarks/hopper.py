@@ -1,8 +1,8 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 22 minutes (estimated)
+    python benchmarks/hopper.py                  the whole table and its plots: some 23 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
-    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, training; the file keeps the others
+    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, training, fp8; the file keeps the rest
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
@@ -177,7 +177,9 @@ def repeated(run: Callable[[], object], calls: int) -> tuple[Callable[[], object
         return lambda: [run() for _ in range(calls)], False
 
 
-def cusparselt(pruned: Tensor, weight: Tensor) -> dict[tuple[int, int, int], Callable[[], Tensor]]:
+def cusparselt(
+    pruned: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None
+) -> dict[tuple[int, int, int], Callable[[], Tensor]]:
     """cuSPARSELt's matmul with the two fastest algorithms of what its searches find and its default.
 
     A search times each candidate once, and may end at one that takes twice as long. ``torch._cslt_sparse_mm_search``
@@ -187,11 +189,11 @@ def cusparselt(pruned: Tensor, weight: Tensor) -> dict[tuple[int, int, int], Cal
     compressed, b = torch._cslt_compress(pruned), weight.t()
     algorithms = {(0, 1, -1)}
     for _ in range(4):
-        algorithm, split_k, mode, _ = torch._C._cusparselt.mm_search(compressed, b, None, None, None, False)
+        algorithm, split_k, mode, _ = torch._C._cusparselt.mm_search(compressed, b, None, None, out_dtype, False)
         algorithms |= {(algorithm, split_k, mode), (algorithm, 1, -1)}
     timed = {}
     for each in algorithms:
-        run = functools.partial(torch._cslt_sparse_mm, compressed, b, None, None, None, False, *each)
+        run = functools.partial(torch._cslt_sparse_mm, compressed, b, None, None, out_dtype, False, *each)
         with contextlib.suppress(RuntimeError):  # not every algorithm goes without the split that was found for it
             calls, _ = repeated(run, 4)
             timed[each] = min(burst(calls, 5) for _ in range(3)), run
@@ -245,14 +247,58 @@ def kernels(quick: bool, meter: Meter) -> Iterator[list[Row]]:
             timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
         for name, (_, is_graph) in in_graphs.items():
             timed[name]["graph"] = is_graph
-        if theirs:
-            best = min(theirs, key=lambda name: timed[name]["median"])
-            timed["cuSPARSELt"] = {
-                **timed.pop(best),
-                "what": "cuSPARSELt",
-                "algorithm": best.removeprefix("cuSPARSELt "),
-            }
-        yield placed(timed, shape, zeros)
+        yield placed(with_the_faster(timed, theirs), shape, zeros)
+
+
+def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
+    """The same in e4m3 with row scales: packing, amax included; the matmul against ``_scaled_mm`` and cuSPARSELt.
+
+    cuSPARSELt has no row scales. ``_scaled_mm`` multiplies what was not pruned, with fast accumulation.
+    """
+    for shape in FFN_SHAPES[:1] if quick else FFN_SHAPES:
+        ffn, x = ffn_and_input(shape, 90)
+        h, b = ffn.up(x), ffn.down.bias
+        y, other = F.relu(h).float().square(), torch.empty_like(h)
+        w, w_scale = by_rows(ffn.down.weight)
+        packed, metadata, scale = cuda.relu2_sparsify_fp8(h)
+        pruned = reference.unpack(packed.float(), metadata)
+        ours = functools.partial(cuda.sparse_mm_fp8, packed, metadata, scale, w, w_scale, b, torch.bfloat16)
+        want = F.linear(pruned * scale[:, None], w.float() * w_scale[:, None], b.float())
+        check("sparse_mm_fp8", ours(), want)
+        dense, dense_scale = by_rows(y)
+        scales = {"scale_a": dense_scale[:, None], "scale_b": w_scale[None], "bias": b}
+        scales |= {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        matmuls: Runs = {"_scaled_mm": functools.partial(torch._scaled_mm, dense, w.t(), **scales), "2:4": ours}
+        theirs: Runs = {}
+        if torch.backends.cusparselt.is_available():
+            found = cusparselt(pruned.to(w.dtype), w, torch.bfloat16)
+            theirs = {f"cuSPARSELt {algorithm}": run for algorithm, run in found.items()}
+        in_graphs = {name: repeated(run, 4)[0] for name, run in (matmuls | theirs).items()}
+        packing: Runs = {
+            "pack": functools.partial(cuda.relu2_sparsify_fp8, h),
+            "copy": functools.partial(other.copy_, h),
+        }
+        del y, want, pruned, dense_scale
+        timed = in_turn(in_graphs, 0.4 if quick else 0.75, 5, meter, 4) | in_turn(packing, 0.05, 5, meter)
+        sizes = {"pack": sum(t.nbytes for t in (h, packed, metadata, scale)), "copy": 2 * h.nbytes}
+        for name, size in sizes.items():
+            timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
+        yield placed(with_the_faster(timed, theirs), shape, 90)
+
+
+def by_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """In e4m3, and the scale of each row."""
+    scale = values.float().abs().amax(-1) / torch.finfo(reference.E4M3).max
+    return (values.float() / scale[:, None]).to(reference.E4M3), scale
+
+
+def with_the_faster(timed: dict[str, Row], candidates: Runs) -> dict[str, Row]:
+    """Of cuSPARSELt's candidates only that one, with its algorithm."""
+    if not candidates:
+        return timed
+    best = min(candidates, key=lambda name: timed[name]["median"])
+    found = {**timed[best], "what": "cuSPARSELt", "algorithm": best.removeprefix("cuSPARSELt ")}
+    return {name: row for name, row in timed.items() if name not in candidates} | {"cuSPARSELt": found}
 
 
 def whole_ffn(quick: bool, meter: Meter) -> Iterator[list[Row]]:
@@ -379,7 +425,7 @@ def placed(timed: dict[str, Row], shape: Shape, zeros: int, dtype: torch.dtype =
     return [{"what": found["what"], **at, **found} for found in timed.values()]
 
 
-PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "rule": rule, "training": training}
+PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "rule": rule, "training": training, "fp8": fp8}
 
 
 def line(found: Row) -> str:

@@ -1,7 +1,7 @@
 """The figures that were asked for, from a result of ``hopper.py``: ``python benchmarks/summary.py RESULT.json``.
 
-A result has up to five parts, ``kernels``, ``ffn``, ``tokens``, ``rule`` and ``training``, each with the ``record`` of
-its run and its ``rows``. A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros``
+A result has up to six parts, ``kernels``, ``ffn``, ``tokens``, ``rule``, ``training`` and ``fp8``, with the ``record``
+of its run and its ``rows``. A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros``
 (percent), ``dtype`` where it is not bfloat16, ``samples`` (one a round), their ``median``, ``min`` and ``max`` in
 ``unit``, and clock, power and energy where they could be measured. In ``rule``, 2:4 has what the schedule's ``waste``
 is, and whether the rule would have it ``taken``.
@@ -28,6 +28,8 @@ REQUIRED: dict[str, dict[Shape, float]] = {
     "FFN over torch.compile": dict(zip(FFN_SHAPES, (1.12, 1.12, 1.18))),
     "FFN forward and backward over torch.compile, sparse gradients of weights": dict.fromkeys(TRAINING_SHAPES, 1.12),
     "FFN backward over torch.compile, sparse gradients of weights": dict.fromkeys(TRAINING_SHAPES, 1.12),
+    "fp8 matmul over _scaled_mm": {(8192, 4096, 16384): 1.38, (32768, 4096, 16384): 1.36},
+    "fp8 packing over a copy, bytes/s": dict.fromkeys(FFN_SHAPES, 0.85),
 }
 AIM = {
     "matmul over cuBLAS": 1.60,
@@ -37,6 +39,8 @@ AIM = {
     "FFN energy, dense over 2:4": 1.25,
     "FFN forward and backward over torch.compile, sparse gradients of weights": 1.25,
     "FFN backward over torch.compile, sparse gradients of weights": 1.28,
+    "fp8 matmul over _scaled_mm": 1.50,
+    "fp8 packing over a copy, bytes/s": 0.92,
 }
 MOST_TOKENS = 2048  # up to which few tokens must not be slower than dense
 LEAST_FEW, MOST_HOST_US = 0.98, 15.0
@@ -116,6 +120,10 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             for how in ("exact", "sparse"):
                 figure = f"FFN {part} over torch.compile, {how} gradients of weights"
                 add_ratio(figure, shape, ratio(timed, dense, f"{prefix}2:4 {how}"))
+    for shape, timed in rows(result, "fp8").items():
+        for baseline in ("_scaled_mm", "cuSPARSELt"):
+            add_ratio(f"fp8 matmul over {baseline}", shape, ratio(timed, baseline))
+        add_ratio("fp8 packing over a copy, bytes/s", shape, timed["pack"]["TB/s"] / timed["copy"]["TB/s"])
     for dtype, how in itertools.product(("bfloat16", "float16"), ("", " graph")):
         few = [
             (ratio(timed, best(timed, how=how)["what"], f"chosen{how}"), at)

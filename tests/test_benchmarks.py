@@ -51,7 +51,11 @@ def made_up():
     training += timed(
         FFN_SHAPES[1], backward_dense=4, backward_dense_tuned=4.5, backward_x24_exact=3, backward_x24_sparse=2
     )
-    parts = {"kernels": kernels, "ffn": ffns, "tokens": tokens, "training": training}
+    fp8 = timed(FFN_SHAPES[1], _scaled_mm=0.75, x24=0.5, cuSPARSELt=0.55, pack=0.1, copy=0.12)
+    for row, speed in zip(fp8[-2:], (3.6, 4.0)):
+        row["TB/s"] = speed
+    fp8[0]["what"] = "_scaled_mm"
+    parts = {"kernels": kernels, "ffn": ffns, "tokens": tokens, "training": training, "fp8": fp8}
     return {part: {"record": {"gpu": "made up"}, "rows": rows} for part, rows in parts.items()}
 
 
@@ -59,7 +63,10 @@ def test_summary(made_up, capsys):
     figures = summary(made_up)
     reached = {(row["figure"], row["at"]): (row["reached"], row["required"], row["met"]) for row in figures}
     middle = "8192 × 4096 × 16384"
-    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4
+    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4 + 3
+    assert reached["fp8 matmul over _scaled_mm", middle] == (1.5, 1.38, True)
+    assert reached["fp8 matmul over cuSPARSELt", middle] == (pytest.approx(1.1), None, None)
+    assert reached["fp8 packing over a copy, bytes/s", middle] == (pytest.approx(0.9), 0.85, True)
     both = "FFN forward and backward over torch.compile"
     assert reached[f"{both}, exact gradients of weights", middle] == (pytest.approx(5 / 4.5), None, None)
     assert reached[f"{both}, sparse gradients of weights", middle] == (pytest.approx(5 / 4), 1.12, True)
