@@ -24,6 +24,7 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_map
 
+from ao_act24 import ops, ops_fp8  # noqa: F401  # the operators, also where only a part of the package was imported
 from ao_act24.kernels import cuda
 
 KERNELS = (  # functions of kernels.cuda, each named as its operator
