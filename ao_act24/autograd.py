@@ -18,10 +18,11 @@ below ``relu(h) = 2**-7``, where the gradient's factor is off by up to ``2**-12`
     d W2.T   = y.T dout
 
 With ``feature_wise`` the last two run in 2:4 along tokens, and are approximate: of every four tokens each feature keeps
-the two largest entries of ``d h`` and of ``y``. Neighbouring tokens fire the same features, so groups are made of
-tokens a quarter of the batch apart; and the features that fire most, of which most would be lost, are done dense: the
-same ones for both, ``d h`` being zero wherever ``y`` is. Only gradients of weights look across tokens: what a token
-sees in the forward pass, and sends back, depends on no later one. Method: arXiv 2503.16672.
+the two largest entries of ``d h`` and of ``y``. Neighbouring tokens fire the same features, and so do those at one
+place of several sequences: groups are made of tokens that are far apart (``reference.group_stride``). And the features
+that fire most, of which most would be lost, are done dense: the same ones for both, ``d h`` being zero wherever ``y``
+is. Only gradients of weights look across tokens: what a token sees in the forward pass, and sends back, depends on no
+later one. Method: arXiv 2503.16672.
 
 An entry that was kept although ``relu(h)`` is zero (a group with fewer than two positive entries) multiplies its
 gradient by zero. So a NaN or an infinity in ``dout`` reaches ``d h`` there as NaN, where dense ReLU would drop it; it
@@ -138,12 +139,12 @@ def _feature_wise_grads(
     densest, slots = ops.densest(counts, how_many_densest(counts.shape[0]))
     if down:
         exact = _matmul_weight_grad(ops.columns(packed, metadata, densest), grad)
-        grad_down = ops.feature_wise_mm(wise, codes, left, _rows(grad), exact, slots, PERMUTED, True)
+        grad_down = ops.feature_wise_mm(wise, codes, left, grad, exact, slots, PERMUTED, True)
     if up or up_bias:
         wise, codes, sums, left = ops.feature_wise(hidden, metadata, PERMUTED, False)
     if up:
         exact = _matmul_weight_grad(ops.columns(hidden, metadata, densest), x)
-        grad_up = ops.feature_wise_mm(wise, codes, left, _rows(x), exact, slots, PERMUTED, False)
+        grad_up = ops.feature_wise_mm(wise, codes, left, x, exact, slots, PERMUTED, False)
     return grad_up, sums if up_bias else None, grad_down
 
 

@@ -77,12 +77,11 @@ def across_tokens(values: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
     That is the two smallest of every four tokens of a feature, but for the features in which ``activation`` fires most.
     Both tensors are ``[..., H]``, dense: the activation itself, or the gradient by ``h`` with it.
     """
+    stride = reference.group_stride(values.shape) if autograd.PERMUTED else 0
     squares = values.double().reshape(-1, values.shape[-1]).square()
     counts = (activation.reshape(-1, values.shape[-1]) != 0).sum(0, dtype=torch.int32)
-    quarter = squares.shape[0] // 4
-    sizes, four = ((4, quarter), 0) if autograd.PERMUTED else ((quarter, 4), 1)
-    groups = squares[: 4 * quarter].unflatten(0, sizes)
-    dropped = groups.topk(2, four, largest=False).values.sum((0, 1))
+    groups = reference.in_groups(squares[: squares.shape[0] // 4 * 4], stride)
+    dropped = groups.topk(2, 1, largest=False).values.sum((0, 1))
     dropped[ops.densest(counts, autograd.how_many_densest(len(counts)))[0]] = 0
     return squares.sum(), dropped.sum()
 

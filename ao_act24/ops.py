@@ -338,13 +338,13 @@ def _check_feature_wise_mm(
         lambda: f"left must be [3, H] with H = {packed.shape[1]} as in packed, got {tuple(left.shape)}",
     )
     torch._check_value(
-        dense.dim() == 2 and dense.shape[0] // 4 * 2 == packed.shape[0],
-        lambda: f"dense must be [tokens, D] with the tokens of packed, {tuple(packed.shape)}, got {tuple(dense.shape)}",
+        dense.dim() >= 2 and math.prod(dense.shape[:-1]) // 4 * 2 == packed.shape[0],
+        lambda: f"dense must be [..., D] with the tokens of packed, {tuple(packed.shape)}, got {tuple(dense.shape)}",
     )
     _same("exact", exact, "packed", packed)
     torch._check_value(
-        exact.dim() == 2 and exact.shape[1] == dense.shape[1],
-        lambda: f"exact must be [K, D] with D = {dense.shape[1]} as in dense, got {tuple(exact.shape)}",
+        exact.dim() == 2 and exact.shape[1] == dense.shape[-1],
+        lambda: f"exact must be [K, D] with D = {dense.shape[-1]} as in dense, got {tuple(exact.shape)}",
     )
     torch._check_type(slots.dtype == torch.int32, lambda: f"slots must have dtype int32, got {slots.dtype}")
     torch._check_value(
@@ -399,7 +399,7 @@ _define(
     _check_feature_wise_mm,
     reference.feature_wise_mm,
     lambda packed, metadata, left, dense, exact, slots, permuted, transposed: dense.new_empty(
-        (dense.shape[1], packed.shape[1]) if transposed else (packed.shape[1], dense.shape[1])
+        (dense.shape[-1], packed.shape[1]) if transposed else (packed.shape[1], dense.shape[-1])
     ),
     (cuda.feature_wise_mm, _never),
 )

@@ -209,7 +209,8 @@ def feature_wise(
         with torch.cuda.device(index):
             return feature_wise(packed, metadata, permuted, counted)
     tokens = packed.numel() // max(packed.shape[-1], 1)
-    plan = PLANS.feature_wise(tokens, hidden_dim, permuted, counted, packed.dtype, index)
+    stride = reference.group_stride(packed.shape) if permuted else 0
+    plan = PLANS.feature_wise(tokens, hidden_dim, stride, counted, packed.dtype, index)
     if plan is None:
         return reference.feature_wise(packed, metadata, permuted, counted)
     packed, metadata = _aligned(packed), _aligned(metadata)
@@ -253,10 +254,12 @@ def feature_wise_mm(
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
             return feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)
-    plan = PLANS.feature_wise_mm(packed.shape, dense.shape[1], permuted, transposed, packed.dtype, index)
+    stride = reference.group_stride(dense.shape) if permuted else 0
+    plan = PLANS.feature_wise_mm(packed.shape, dense.shape[-1], stride, transposed, packed.dtype, index)
     if plan is None:
         return reference.feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)
     metadata, exact, slots = _aligned(metadata), _aligned(exact), _aligned(slots)
+    dense = dense.reshape(-1, dense.shape[-1])
     (out,) = (_empty(*shape) for shape in plan.outputs)
     plan.run(
         _aligned(packed),

@@ -123,7 +123,7 @@ class _Matmul:
 
 
 def _feature_wise(
-    tokens: int, hidden_dim: int, permuted: bool, counted: bool, dtype: torch.dtype, index: int
+    tokens: int, hidden_dim: int, stride: int, counted: bool, dtype: torch.dtype, index: int
 ) -> _Simple | None:
     whole = tokens // 4 * 4
     if hidden_dim % 64 or not whole * hidden_dim:
@@ -136,8 +136,8 @@ def _feature_wise(
         contiguous((-(-whole // 256), hidden_dim), torch.int32 if counted else torch.float32),  # totals of blocks
         contiguous((3, hidden_dim), dtype),
     )
-    # packed, metadata, the outputs, quarter, columns, permuted
-    arguments = (*[POINTER] * 6, *map(ctypes.c_int64, (tokens // 4, hidden_dim, permuted)))
+    # packed, metadata, the outputs, quarter, columns, stride
+    arguments = (*[POINTER] * 6, *map(ctypes.c_int64, (tokens // 4, hidden_dim, stride)))
     grid = -(-hidden_dim // 256), -(-whole // 256)
     return _Simple(outputs, Launch(index, kernel, grid, _THREADS, 0, arguments))
 
@@ -215,15 +215,15 @@ def _grad_hidden(grad: torch.Size, down: torch.Size, dtype: torch.dtype, index: 
 
 
 def _feature_wise_mm(
-    packed: torch.Size, model_dim: int, permuted: bool, transposed: bool, dtype: torch.dtype, index: int
+    packed: torch.Size, model_dim: int, stride: int, transposed: bool, dtype: torch.dtype, index: int
 ) -> _Matmul | None:
     kept, hidden_dim = packed
     if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64 or model_dim % 64:
         return None
     outputs = (contiguous((model_dim, hidden_dim) if transposed else (hidden_dim, model_dim), dtype),)
-    name = "feature_wise_mm" + "_in_order" * (not permuted) + "_transposed" * transposed
+    name = "feature_wise_mm" + "_in_order" * (stride == 0) + "_transposed" * transposed
     # maps, metadata, no bias, out, exact, slots, shape
-    return _matmul(name, hidden_dim, model_dim, 2 * kept, dtype, index, outputs)
+    return _matmul(name, hidden_dim, model_dim, 2 * kept, dtype, index, outputs, stride)
 
 
 class Plans(threading.local):
@@ -240,16 +240,26 @@ PLANS = Plans()
 
 
 def _matmul(
-    name: str, rows: int, columns: int, depth: int, dtype: torch.dtype, index: int, outputs: tuple[Empty, ...]
+    name: str,
+    rows: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    index: int,
+    outputs: tuple[Empty, ...],
+    stride: int = 0,
 ) -> _Matmul:
-    """A of ``[rows, depth]`` and B of ``[columns, depth]``, as ``DEFINES[name]`` says, of 16 bits."""
+    """A of ``[rows, depth]`` and B of ``[columns, depth]``, as ``DEFINES[name]`` says, of 16 bits.
+
+    ``stride``: so far apart are the rows of K of a ``GROUP``; 0 if they are not in groups.
+    """
     launch.set_current(index)
     kernel, clusters = _matmul_kernel(name, dtype, index)
     how = DEFINES[name]
     a_columns, run, group = how["A_COLUMNS"], how["RUN"], how["GROUP"]
     together = 1 if a_columns == K else 2 if name == "sparse_mm_fp8" else 4  # stages, by the blocks of metadata
     stages = -(-depth // (K * together)) * together
-    shape, clusters = schedule.share_out(rows, columns, stages, clusters)
+    shape, clusters = schedule.share_out(rows, columns, stages, clusters, stride)
     stored, heights = depth * a_columns // K, (3, shape.lower_height)
     if how["A_MN"]:
         size, strides = (64, stored, rows // 64), (2 * rows, 128)
@@ -259,8 +269,9 @@ def _matmul(
         a_maps = [TensorMap(dtype, size, strides, (a_columns, 64 * height, 1)) for height in heights]
     per_block = TILE_COLUMNS // CLUSTER
     if how["B_MN"]:  # by 64 columns; of every group of rows of K one after the other
-        b_size = 64, group, depth // group, columns // 64, 1
-        b_strides = 2 * columns * (depth // group), 2 * columns, 128, 128
+        apart = stride or depth
+        b_size = 64, group, apart, columns // 64, depth // (group * apart)
+        b_strides = 2 * columns * apart, 2 * columns, 128, 2 * columns * group * apart
         b_map = TensorMap(dtype, b_size, b_strides, (64, group, K // group, per_block // 64, 1))
     else:  # in the order of tiles.cuh: of every RUN rows, row RUN / 4 * q + 2 a + b comes to lie at 8 a + 2 q + b
         b_size = depth, 2, 4, run // 8, columns // run

@@ -6,6 +6,9 @@ Shapes: ``h`` is ``[..., H]`` with H divisible by 4, ``packed`` ``[..., H / 2]``
 Method: "Accelerating Transformer Inference and Training with 2:4 Activation Sparsity", arXiv 2503.16672.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -145,8 +148,8 @@ def feature_wise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token-wise 2:4 to feature-wise: of every four tokens the two entries of largest magnitude, for each feature.
 
-    With Q = tokens // 4, group j is made of tokens ``j, j + Q, j + 2 Q, j + 3 Q``, which have little to do with each
-    other, or, not ``permuted``, of neighbours. Up to three tokens are left over.
+    The tokens of a group are ``group_stride`` apart, which have little to do with each other, or, not ``permuted``,
+    neighbours. Groups are in the order of their first tokens. Up to three tokens are left over.
 
     Returns:
         packed: ``[2 Q, H]``: rows 2 j and 2 j + 1 are what was kept of group j.
@@ -156,9 +159,10 @@ def feature_wise(
         left: ``[3, H]``, dense: the last ``tokens % 4`` tokens, then zeros. (Of one size: no graph depends on it.)
     """
     dense = unpack(packed, metadata)
+    stride = group_stride(dense.shape) if permuted else 0
     dense = dense.reshape(-1, dense.shape[-1])
     whole = dense.shape[0] // 4 * 4
-    rows = _in_groups(dense[:whole], permuted).flatten(0, 1).t()
+    rows = in_groups(dense[:whole], stride).flatten(0, 1).t()
     index = two_largest(rows)
     left = torch.cat([dense[whole:], dense.new_zeros(3 - dense[whole:].shape[0], dense.shape[1])])
     return take(rows, index).t().contiguous(), layout.encode(index), total(dense, counted), left
@@ -171,10 +175,26 @@ def total(dense: Tensor, counted: bool) -> Tensor:
     return dense.sum(0, dtype=accumulation_dtype(dense.dtype))
 
 
-def _in_groups(tokens: Tensor, permuted: bool) -> Tensor:
-    """``[4 Q, ...]`` to ``[Q, 4, ...]``, see ``feature_wise``."""
-    quarter = tokens.shape[0] // 4
-    return tokens.unflatten(0, (4, quarter)).transpose(0, 1) if permuted else tokens.unflatten(0, (quarter, 4))
+def group_stride(shape: Sequence[int]) -> int:
+    """How far apart the tokens of a group are, of ``[..., sequence, H]``: a quarter of all tokens, if it can be.
+
+    Not where a quarter is a whole number of sequences: what fires at a place, such as a first token, would fire in all
+    four. Then it is an odd number of half sequences, so that two of them are at another place and two in another one.
+    """
+    tokens = math.prod(shape[:-1])
+    length = shape[-2] if len(shape) > 2 else tokens
+    if tokens == 0 or tokens % (4 * length):
+        return tokens // 4
+    sequences = tokens // length
+    odd = sequences // (sequences & -sequences)
+    return tokens // 4 if odd * length % 32 else odd * length // 2  # whole boxes of sixteen
+
+
+def in_groups(tokens: Tensor, stride: int) -> Tensor:
+    """``[4 Q, ...]`` to ``[Q, 4, ...]``: tokens ``stride`` apart, or neighbours where that is 0."""
+    if stride == 0:
+        return tokens.unflatten(0, (tokens.shape[0] // 4, 4))
+    return tokens.unflatten(0, (tokens.shape[0] // (4 * stride), 4, stride)).transpose(1, 2).flatten(0, 1)
 
 
 def densest(counts: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
@@ -199,13 +219,15 @@ def feature_wise_mm(
     permuted: bool,
     transposed: bool,
 ) -> Tensor:
-    """``y.T @ dense`` of a ``feature_wise`` y and ``[tokens, D]``: ``[H, D]``; ``transposed``: ``[D, H]``.
+    """``y.T @ dense`` of a ``feature_wise`` y and ``[..., D]``: ``[H, D]``; ``transposed``: ``[D, H]``.
 
     But the row of a feature whose ``slots [H]`` is not negative is that row of ``exact [K, D]``.
     """
     wide = accumulation_dtype(packed.dtype)
     rows = unpack(packed.t(), metadata).to(wide)
-    groups = _in_groups(dense[: rows.shape[1]].to(wide), permuted)
+    stride = group_stride(dense.shape) if permuted else 0
+    dense = dense.reshape(-1, dense.shape[-1])
+    groups = in_groups(dense[: rows.shape[1]].to(wide), stride)
     rest = dense[rows.shape[1] :].to(wide)
     out = (rows @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
     out[slots >= 0] = exact[slots[slots >= 0]]

@@ -24,13 +24,13 @@ class Shape(ctypes.Structure):
         (name, ctypes.c_int)
         for name in (
             *("tokens", "columns", "stages", "whole", "lower", "lower_height", "column_tiles", "band"),
-            *("rounds", "late", "early"),
+            *("rounds", "late", "early", "stride"),
         )
     ]
 
 
 @functools.lru_cache(maxsize=1024)
-def share_out(tokens: int, columns: int, stages: int, clusters: int) -> tuple[Shape, int]:
+def share_out(tokens: int, columns: int, stages: int, clusters: int, stride: int = 0) -> tuple[Shape, int]:
     """``[tokens, K] @ [columns, K].T``, K in so many stages, for up to ``clusters`` clusters; and for how many.
 
     These are as few as take no longer: power is short, and 64 in step are no slower than 66.
@@ -40,8 +40,8 @@ def share_out(tokens: int, columns: int, stages: int, clusters: int) -> tuple[Sh
     clusters, (whole, lower, height) = min(best, key=lambda way: (way[0], -way[1][0]))
     band = min(BANDS, key=lambda band: -clusters % band)
     rounds, late = divmod(whole * column_tiles, clusters)
-    early = _early(height, late)
-    return Shape(tokens, columns, stages, whole, lower, height, column_tiles, band, rounds, late, early), clusters
+    last = band, rounds, late, _early(height, late), stride
+    return Shape(tokens, columns, stages, whole, lower, height, column_tiles, *last), clusters
 
 
 def waste(tokens: int, columns: int, clusters: int) -> float:

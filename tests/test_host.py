@@ -32,10 +32,10 @@ void run_pack_fp8(const u16* h, i64 stride, u8* packed, u32* metadata, float* sc
   else launch(fp8::relu2_sparsify_fp8, padded / 2, 1, h, stride, packed, metadata, scale, rows, columns);
 }
 void run_feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* codes, void* totals, u16* left,
-                      i64 quarter, i64 width, i64 permuted, bool counted) {
+                      i64 quarter, i64 width, i64 stride, bool counted) {
   const auto run = [=](auto kernel, auto* kind) {
     launch(kernel, (width + 255) / 256, (quarter + 63) / 64, packed, metadata, wise, codes, kind, left, quarter, width,
-           permuted);
+           stride);
   };
   if (counted) run(feature_wise_counts, (int*)totals);
   else run(feature_wise_sums, (float*)totals);
@@ -127,16 +127,20 @@ def test_packing_to_fp8(tokens, hidden_dim, any_size, host):
 
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("permuted", [True, False])
-@pytest.mark.parametrize(("tokens", "hidden_dim"), [(4, 64), (130, 192), (1030, 128), (1072, 576)])
-def test_feature_wise(tokens, hidden_dim, permuted, counted, host):
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "hidden_dim"),
+    [(1, 4, 64), (1, 130, 192), (1, 1030, 128), (1, 1072, 576), (8, 512, 128), (12, 768, 64)],
+)
+def test_feature_wise(sequences, tokens, hidden_dim, permuted, counted, host):
     h = hidden(tokens, hidden_dim)
     h[1, :2] = float("nan")
-    packed, metadata = reference.sparsify(h)
+    packed, metadata = reference.sparsify(h.view(sequences, -1, hidden_dim))
+    stride = permuted and {8: 32, 12: 96}.get(sequences, tokens // 4)
     wise, codes, totals, left = reference.feature_wise(packed, metadata, permuted, counted)
     got = poisoned(wise), poisoned(codes)
     partial = torch.full((-(-(tokens // 4) // 64), hidden_dim), 7, dtype=totals.dtype)
     zeros = poisoned(left)
-    host("run_feature_wise", packed, metadata, *got, partial, zeros, tokens // 4, hidden_dim, permuted, counted)
+    host("run_feature_wise", packed, metadata, *got, partial, zeros, tokens // 4, hidden_dim, stride, counted)
     assert same_bits(got[0], wise) and torch.equal(got[1], codes)
     assert not zeros.any()
     rest = (left != 0).sum(0) if counted else left.float().sum(0)

@@ -179,11 +179,16 @@ def addresses(strides, box):
     return [sum(at * stride for at, stride in zip(reversed(place), [2, *strides])) // 2 for place in places]
 
 
-@pytest.mark.parametrize("name", ["sparse_mm_mn", "grad_hidden", *(name for name in plans.DEFINES if "wise" in name)])
-def test_what_is_brought_in_mn_major(name, launched):
-    """B as [K, N]: 64 rows of K by 64 columns of N, one such block after another. By groups, rows a quarter apart."""
+WISE = [name for name in plans.DEFINES if "wise" in name]
+
+
+@pytest.mark.parametrize(
+    "name, sequences", [("sparse_mm_mn", 1), ("grad_hidden", 1), *itertools.product(WISE, (1, 8))], ids=str
+)
+def test_what_is_brought_in_mn_major(name, sequences, launched):
+    """B as [K, N]: 64 rows of K by 64 columns of N, one such block after another. By groups, rows a stride apart."""
     depth, columns, rows, whole = 512, 320, 192, [*range(64)]
-    weight = torch.randn(depth, columns).to(BF16)
+    stride, weight = depth // 4 if sequences == 1 else 32, torch.randn(depth, columns).to(BF16)
     if name == "sparse_mm_mn":
         packed, metadata = reference.relu2_sparsify(torch.randn(rows, depth).to(BF16))
         out = cuda.sparse_mm(packed, metadata, weight.t())
@@ -203,10 +208,12 @@ def test_what_is_brought_in_mn_major(name, launched):
     else:
         permuted, transposed = "in_order" not in name, "transposed" in name
         packed, metadata, _, left = reference.feature_wise(
-            *reference.relu2_sparsify(torch.randn(depth, rows).to(BF16)), permuted, True
+            *reference.relu2_sparsify(torch.randn(sequences, depth // sequences, rows).to(BF16)), permuted, True
         )
+        dense = weight.view(sequences, depth // sequences, columns)[0 if sequences == 1 else slice(None)]
+
         exact, slots = weight[:8].clone(), torch.full((rows,), -1, dtype=torch.int32)
-        out = cuda.feature_wise_mm(packed, metadata, left, weight, exact, slots, permuted, transposed)
+        out = cuda.feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)
         assert launched.words[6:8] == [exact.data_ptr(), slots.data_ptr()]
         assert out.shape == ((columns, rows) if transposed else (rows, columns)) and out.is_contiguous()
         assert launched.words[:6] == [
@@ -216,7 +223,10 @@ def test_what_is_brought_in_mn_major(name, launched):
             0,
             out.data_ptr(),
         ]
-        whole = [j + i * depth // 4 if permuted else 4 * j + i for j in range(16) for i in range(4)]
+        whole = [j + i * stride if permuted else 4 * j + i for j in range(16) for i in range(4)]
+        assert schedule.Shape.from_address(launched.arguments[-1]).stride == stride * permuted
+        assert launched.maps[-1][0][2::2] == ([stride, depth // (4 * stride)] if permuted else [depth, 1])
+        assert launched.maps[-1][1][3] == 2 * columns * (4 * stride if permuted else depth)
         for (_, strides, box), height in zip(launched.maps, (3, 1)):  # A: 32 rows that were kept, by 64 features
             want = [row * rows + 64 * block + m for block in range(height) for row in range(32) for m in range(64)]
             assert addresses(strides, box) == want
@@ -237,7 +247,7 @@ def test_regrouping_and_unpacking(launched):
             got[3][:2], want[3][:2]
         )
         first, left = [tensor.data_ptr() for tensor in (packed, metadata, *got[:2])], got[3].data_ptr()
-        assert launched.words[:4] == first and launched.words[5:] == [left, 17, 192, 1]
+        assert launched.words[:4] == first and launched.words[5:] == [left, 17, 192, 17]
     counts = got[2].int()
     index, slots = cuda.densest(counts, 16)
     assert (index.shape, index.dtype, slots.shape, slots.dtype) == ((16,), torch.int64, (192,), torch.int32)

@@ -1,6 +1,7 @@
 """The gradient of a whole FFN: what is saved, what is exact, and what 2:4 along tokens drops."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ao_act24
 from ao_act24 import Act24Config, autograd, ops
+from ao_act24.kernels import reference
 
 F64 = torch.float64
 D, H = 16, 32
@@ -48,16 +50,22 @@ def test_only_what_is_asked_for(frozen, feature_wise):
         assert a.shape == b.shape and (feature_wise or relative_error(a, b) < 1e-12)
 
 
-def oracle(y, dense, permuted, dense_features=()):
+def members(group, tokens, permuted, apart=None):
+    """The tokens of a group: ``apart`` or a quarter of all, or neighbours."""
+    apart = apart or tokens // 4
+    return [group + 3 * apart * (group // apart) + i * apart if permuted else 4 * group + i for i in range(4)]
+
+
+def oracle(y, dense, permuted, dense_features=(), apart=None):
     """``y.T @ dense`` with two of every four tokens for each feature, one by one."""
     tokens, quarter = y.shape[0], y.shape[0] // 4
     kept = y.clone()
     for group in range(quarter):
-        members = [group + i * quarter if permuted else 4 * group + i for i in range(4)]
+        of_group = members(group, tokens, permuted, apart)
         for feature in set(range(y.shape[1])) - set(dense_features):
-            order = sorted(range(4), key=lambda i: (-abs(float(y[members[i], feature])), i))
+            order = sorted(range(4), key=lambda i: (-abs(float(y[of_group[i], feature])), i))
             for i in order[2:]:
-                kept[members[i], feature] = 0
+                kept[of_group[i], feature] = 0
     assert tokens - 4 * quarter == 0 or torch.equal(kept[4 * quarter :], y[4 * quarter :])
     return kept.t() @ dense
 
@@ -123,6 +131,43 @@ def test_permutation_on_correlated_tokens():
     runs = (torch.rand(64, 256) < 0.1).repeat_interleave(8, dim=0)
     y = torch.rand(512, 256) * runs
     assert dropped_share(y, permuted=False) > 0.15 > 0.03 > dropped_share(y, permuted=True)
+
+
+@pytest.mark.parametrize(
+    "shape, apart",
+    [
+        ((24,), 6), ((1, 64), 16), ((3, 64), 48), ((6, 64), 96),  # a quarter is no whole number of sequences
+        ((4, 64), 32), ((8, 64), 32), ((2, 4, 64), 32), ((12, 64), 96), ((20, 32), 80), ((16, 1024), 512),
+        ((4, 16), 16), ((8, 33), 66), ((4, 1), 1), ((0, 64), 0), ((4, 0), 0),  # no whole sixteens
+    ],
+)  # fmt: skip
+def test_how_far_apart_the_tokens_of_a_group_are(shape, apart):
+    assert reference.group_stride((*shape, H)) == apart
+    tokens = torch.arange(math.prod(shape) // 4 * 4)
+    groups = reference.in_groups(tokens, apart) if apart else tokens.view(-1, 4)
+    assert sorted(groups.flatten().tolist()) == tokens.tolist()
+    assert groups.tolist() == [members(group, len(tokens), True, apart) for group in range(len(groups))]
+    if len(shape) > 1 and shape[-1] % 32 == 0 and len(groups):
+        places = groups % shape[-1]
+        assert ((places[:, :1] == places).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize("sequences, apart", [(4, 32), (6, 96), (12, 96)])
+def test_sequences(sequences, apart):
+    """The whole gradient of a weight against a loop, where the operator knows where sequences begin."""
+    packed, metadata = ops.relu2_sparsify(torch.randn(sequences, 64, H, dtype=F64))
+    hidden, (x, grad) = packed.sqrt() * torch.randn_like(packed), torch.randn(2, sequences, 64, D, dtype=F64)
+    y, dh = (ops.unpack(each, metadata).flatten(0, 1) for each in (packed, hidden))
+    densest = (y != 0).sum(0).sort(descending=True, stable=True).indices[:8].tolist()
+    grad_up, _, grad_down = autograd._feature_wise_grads(x, grad, hidden, packed, metadata, True, True, True)
+    torch.testing.assert_close(grad_up, oracle(dh, x.flatten(0, 1), True, densest, apart))
+    torch.testing.assert_close(grad_down, oracle(y, grad.flatten(0, 1), True, densest, apart).t())
+
+
+def test_what_fires_at_one_place_of_every_sequence_is_kept():
+    """In a quarter of the batch, where sequences are not told, half of it would be lost."""
+    places = torch.rand(8, 64, 256, dtype=F64) * (torch.arange(64)[:, None] == torch.arange(256) % 64)
+    assert dropped_share(places, permuted=True) < 1e-12 and dropped_share(places.flatten(0, 1), permuted=True) > 0.15
 
 
 def test_the_split_on_dense_features():

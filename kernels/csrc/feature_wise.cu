@@ -2,7 +2,7 @@
 // many entries are not zero, or their sum, over the tokens of a block. Bound by memory: 1.125 bytes read and as many written an element;
 // some 7 integer operations an element, of which a multiprocessor does 64 a clock, take nearly as long.
 //
-// Group j is made of tokens j, j + Q, j + 2 Q, j + 3 Q (or 4 j to 4 j + 3), of which wise rows 2 j and 2 j + 1 keep two. A thread
+// The tokens of a group are `stride` apart, or neighbours where that is 0; of group j wise rows 2 j and 2 j + 1 keep two. A thread
 // regroups eight features by four tokens of four groups; a block 256 features by 64 groups, whose codes it gathers to whole lines.
 //
 // Compile-time: ELEMENT ("bf16" or "f16").
@@ -34,17 +34,18 @@ struct Sums {
 // TOGETHER: of each token of a group the rows of all four groups are in the same half block of metadata.
 template <bool TOGETHER, class Totals>
 __device__ __forceinline__ void regroup(const u16* packed, const u8* metadata, u16* wise, u32 (&codes)[4], Totals (&totals)[4],
-                                        const uint2* selectors, i64 group, i64 quarter, i64 column, i64 columns, bool permuted) {
+                                        const uint2* selectors, i64 group, i64 quarter, i64 column, i64 columns, u32 stride) {
   const i64 padded_columns = (columns + 255) / 256 * 256;
+  const i64 begin = stride ? group + (u32)group / stride * (i64)stride * 3 : 4 * group;
   uint2 twos[4][4];  // of each group, of each token: four kept entries
   u32 bytes[4][4];   // their codes
 #pragma unroll
   for (int token = 0; token < 4; ++token) {
-    const i64 first = permuted ? group + token * quarter : 4 * group + token;
+    const i64 first = begin + (stride ? token * (i64)stride : token);
     const u8* place = metadata + 2 * metadata_half(first, padded_columns, column) + column / 8 % 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const i64 row = permuted ? first + i : first + 4 * i;
+      const i64 row = first + (stride ? i : 4 * i);
       const bool inside = TOGETHER || group + i < quarter;
       if (!TOGETHER && inside) place = metadata + 2 * metadata_half(row, padded_columns, column) + column / 8 % 2;
       twos[i][token] = inside ? __ldg((const uint2*)(packed + row * (columns / 2) + column / 2)) : make_uint2(0, 0);
@@ -83,7 +84,7 @@ __device__ __forceinline__ void regroup(const u16* packed, const u8* metadata, u
 // totals: [blocks of GROUPS, columns]; left: [3, columns], zeros.
 template <class Totals, class Total>
 __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* wise_metadata, Total* totals,
-                                             u16* left, i64 quarter, i64 columns, bool permuted) {
+                                             u16* left, i64 quarter, i64 columns, u32 stride) {
   constexpr int LINE = 256 + 8;  // halves: a block of 16 features by 256 entries, and a shift to other banks
   __shared__ __align__(16) u16 codes[FEATURES / 16 * LINE];
   __shared__ Total warp_totals[8][FEATURES];
@@ -99,10 +100,10 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
     u32 two_codes[4] = {};  // nothing kept of nothing: zeros keep their first two
     if (column >= columns || group >= quarter) {
       for (u32& word : two_codes) word = 0x44444444u;
-    } else if (permuted && quarter % 4 == 0) {
-      regroup<true>(packed, metadata, wise, two_codes, mine, selectors, group, quarter, column, columns, true);
+    } else if (stride && stride % 4 == 0) {
+      regroup<true>(packed, metadata, wise, two_codes, mine, selectors, group, quarter, column, columns, stride);
     } else {
-      regroup<false>(packed, metadata, wise, two_codes, mine, selectors, group, quarter, column, columns, permuted);
+      regroup<false>(packed, metadata, wise, two_codes, mine, selectors, group, quarter, column, columns, stride);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -129,12 +130,12 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     feature_wise_counts(const u16* __restrict__ packed, const u8* __restrict__ metadata, u16* __restrict__ wise,
-                        uint4* __restrict__ wise_metadata, int* __restrict__ counts, u16* __restrict__ left, i64 quarter, i64 columns, i64 permuted) {
-  feature_wise<Counts>(packed, metadata, wise, wise_metadata, counts, left, quarter, columns, permuted);
+                        uint4* __restrict__ wise_metadata, int* __restrict__ counts, u16* __restrict__ left, i64 quarter, i64 columns, i64 stride) {
+  feature_wise<Counts>(packed, metadata, wise, wise_metadata, counts, left, quarter, columns, stride);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     feature_wise_sums(const u16* __restrict__ packed, const u8* __restrict__ metadata, u16* __restrict__ wise,
-                      uint4* __restrict__ wise_metadata, float* __restrict__ sums, u16* __restrict__ left, i64 quarter, i64 columns, i64 permuted) {
-  feature_wise<Sums>(packed, metadata, wise, wise_metadata, sums, left, quarter, columns, permuted);
+                      uint4* __restrict__ wise_metadata, float* __restrict__ sums, u16* __restrict__ left, i64 quarter, i64 columns, i64 stride) {
+  feature_wise<Sums>(packed, metadata, wise, wise_metadata, sums, left, quarter, columns, stride);
 }

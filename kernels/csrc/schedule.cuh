@@ -14,6 +14,7 @@ struct Shape {
   int rounds;  // whole tiles of each cluster; the first `late` of them have one more
   int late;
   int early;  // lower tiles that each of the others takes meanwhile
+  int stride;  // rows of K that are brought in together are so far apart, where GROUP is 4: see tiles.cuh
 };
 
 struct Tile {

@@ -16,8 +16,8 @@
 // N % 64 == 0.
 //
 // That is how it is where B lies in memory as [N, K]. Where it lies as [K, N] (B_MN), rows of N cannot be put in another order, and
-// quads exchange what they have to store. With GROUP = 4, K is not in order: of rows j, j + Q, j + 2 Q, j + 3 Q, a quarter of K
-// apart, one comes after the other. A may also lie as [K, M] (A_MN).
+// quads exchange what they have to store. With GROUP = 4, K is not in order: rows j, j + s, j + 2 s, j + 3 s, `stride` apart, come one
+// after the other, for all j below s, and so on from 4 s on. A may also lie as [K, M] (A_MN).
 #pragma once
 
 #include "ptx.cuh"
@@ -68,10 +68,11 @@ __device__ __forceinline__ void bring_a(u32 a, const TensorMap& map, u32 ready, 
 }
 
 // This block's part of B's tile, into all blocks of the cluster.
-__device__ __forceinline__ void bring_b(u32 b, const TensorMap& map, u32 ready, int k, const Tile& tile, u32 rank) {
+__device__ __forceinline__ void bring_b(u32 b, const TensorMap& map, u32 ready, int k, int stride, const Tile& tile, u32 rank) {
   const int column = tile.column + rank * (TILE_N / CLUSTER);
   const u32 to = b + rank * (B_BYTES / CLUSTER);
-  if (B_MN) copy_box_to((1 << CLUSTER) - 1, to, map, 0, 0, k * (K / GROUP), column / 64, 0, ready);
+  const int row = k * (K / GROUP), turn = GROUP > 1 ? row / stride : 0;
+  if (B_MN) copy_box_to((1 << CLUSTER) - 1, to, map, 0, 0, row - turn * stride, column / 64, turn, ready);
   else copy_box_to((1 << CLUSTER) - 1, to, map, k * K, 0, 0, 0, column / RUN, ready);
 }
 
@@ -159,7 +160,7 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
           barrier_wait(ring.empty(), ring.phase ^ 1);  // the first round finds all empty
           barrier_expect_bytes(ring.full(), A_BYTES / WARPGROUPS * tile.height + B_BYTES);
           bring_a(a, a_map, ring.full(), k, tile);
-          bring_b(b, kernel.b_map, ring.full(), k, tile, cluster_rank());
+          bring_b(b, kernel.b_map, ring.full(), k, shape.stride, tile, cluster_rank());
           ring.next();
         }
       }
