@@ -52,24 +52,28 @@ def test_every_root(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("permuted", [True, False])
-@pytest.mark.parametrize("size", GRADIENT_SIZES, ids=str)
-def test_feature_wise(size, permuted, dtype):
+@pytest.mark.parametrize(
+    "sequences, size",
+    [*((1, size) for size in GRADIENT_SIZES), (8, (512, 128, 320)), (12, (3072, 320, 576)), (4, (4096, 64, 64))],
+    ids=str,
+)
+def test_feature_wise(sequences, size, permuted, dtype):
     tokens, model_dim, hidden_dim = size
     h = random(tokens, hidden_dim, dtype=dtype)
     h[::3, 1::5] = -0.0
     h[tokens // 2, :8], h[0, 8:16] = float("nan"), float("-inf")
-    packed, metadata = reference.sparsify(h)
+    packed, metadata = reference.sparsify(h.view(sequences, -1, hidden_dim))
     for counted in (True, False):
         got, want = (each.feature_wise(packed, metadata, permuted, counted) for each in (cuda, reference))
         for index in (0, 3):  # with a NaN
             assert torch.equal(got[index].view(torch.int16), want[index].view(torch.int16))
         assert torch.equal(got[1], want[1]) and got[2].dtype == want[2].dtype
         torch.testing.assert_close(got[2], want[2], equal_nan=True)
-    packed, metadata = reference.relu2_sparsify(small_integers(tokens, hidden_dim, dtype=dtype, most=3))
-    wise, codes, _, left = reference.feature_wise(packed, metadata, permuted, True)
-    dense = small_integers(tokens, model_dim // 64 * 64, dtype=dtype)
+    h = small_integers(sequences, tokens // sequences, hidden_dim, dtype=dtype, most=3)
+    wise, codes, _, left = reference.feature_wise(*reference.relu2_sparsify(h), permuted, True)
+    dense = small_integers(*h.shape[:2], model_dim // 64 * 64, dtype=dtype)
     left = left * 0  # what it adds is rounded again
-    exact = small_integers(24, dense.shape[1], dtype=dtype)
+    exact = small_integers(24, dense.shape[-1], dtype=dtype)
     for chosen in (0, 24):
         _, slots = reference.densest(torch.randint(9, (hidden_dim,), dtype=torch.int32, device="cuda"), chosen)
         for transposed in (False, True):

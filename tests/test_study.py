@@ -28,14 +28,20 @@ def test_study(tmp_path):
     assert [(look["step"], look["dense"]) for look in result["looks"]] == [(0, True), (3, False), (6, False)]
     assert result["losses"][-1] < result["losses"][0] and len(result["losses"]) == 6
     last = result["looks"][-1]
+    assert "relu2_ffn" in result["ours"] and "feature_wise_mm" in result["ours"]
+    assert abs(last["dense_loss"] - last["loss"]) < 0.1 and last["dense_loss"] != last["loss"]
     shares = ("zeros", "dropped", "dropped_across_tokens", "dropped_gradient")
     assert all(len(last[share]) == 2 for share in shares) and result["looks"][0]["dropped_gradient"] == [0, 0]
     assert all(0.4 < zeros < 0.6 for zeros in last["zeros"]) and all(0.1 < dropped < 0.3 for dropped in last["dropped"])
     assert all(0 < dropped < 0.2 for dropped in last["dropped_across_tokens"] + last["dropped_gradient"])
-    for arm, seed in (("dense", 0), ("full", 4)):
+    for arm, seed in (("dense", 3), ("full", 4)):
         (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps({**result, "arm": arm, "seed": seed}))
     out = run("plot.py", str(tmp_path))
     assert "dense" in out and "no-split" not in out and (tmp_path / "study.png").stat().st_size > 10_000
+    assert "+0.0000" in out and "–" in out and "on CPU" in out, "seed 3 over dense; a single seed has no spread"
+    (tmp_path / "full-5.json").write_text(json.dumps({**result, "seed": 5, "data": "other files"}))
+    done = subprocess.run([sys.executable, STUDY / "plot.py", tmp_path], capture_output=True, text=True)
+    assert "must be of the same data, got" in done.stderr and "full-5: other files" in done.stderr
 
 
 SPLIT, EXACT = 0.05, "exact"
@@ -83,6 +89,8 @@ def test_a_step_of_each_arm_is_what_the_arm_is_called(arm, monkeypatch):
     assert tuple(look["dense"] for look in result["looks"]) == dense and traced == gradients
     assert len(result["losses"]) == 2 and all(5 < loss < 7 for loss in result["losses"]), "about log 256, untrained"
     assert (result["looks"][0]["loss"] != result["looks"][2]["loss"]) and result["arm"] == arm
+    ran = {"dense": [], "exact": ["relu2_ffn", "grad_hidden", "unpack"]}.get(arm, ["relu2_ffn", "feature_wise_mm"])
+    assert set(ran) <= set(result["ours"]) and bool(ran) == bool(result["ours"])
 
 
 def test_step(tmp_path):

@@ -12,26 +12,39 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Runs = dict[str, list[dict[str, Any]]]  # by arm
-SHARES = [(1, "zeros", "solid"), (2, "dropped_across_tokens", "solid"), (2, "dropped", "dotted")]  # by panel
+SHARES = ("zeros", "dropped", "dropped_across_tokens", "dropped_gradient")
+TITLES = ("zeros in relu(h)²", "non-zeros dropped, forward", "energy dropped across tokens", "of the gradient's energy")
 COLOURS = ("#343a40", "#0b6e4f", "#d0782a", "#7b2cbf", "#c1121f", "#1d7fb8")
 
 
 def read(directory: Path) -> Runs:
+    """Of one size and one text: others can't be compared."""
     from study import ARMS
 
     found = [json.loads(path.read_text()) for path in sorted(directory.glob("*-*.json"))]
+    for what in ("data", "size"):
+        if len({json.dumps(run[what]) for run in found}) > 1:
+            values = ", ".join(f"{run['arm']}-{run['seed']}: {run[what]}" for run in found)
+            raise ValueError(f"results in {directory} must be of the same {what}, got {values}")
     return {arm: runs for arm in ARMS if (runs := [run for run in found if run["arm"] == arm])}
 
 
 def table(runs: Runs) -> list[dict[str, Any]]:
-    """Of each arm: seeds, the last held-out loss with its spread over seeds, speed, memory, and the last shares."""
+    """Of each arm: seeds, the last held-out loss, how far that of its seeds lies from dense, and the last shares."""
+    dense = {run["seed"]: run["looks"][-1]["loss"] for run in runs.get("dense", ())}
     rows = []
     for arm, of_arm in runs.items():
         last = [run["looks"][-1] for run in of_arm]
         losses = [look["loss"] for look in last]
-        row = {"arm": arm, "seeds": len(of_arm), "loss": statistics.mean(losses), "spread": max(losses) - min(losses)}
+        row: dict[str, Any] = {"arm": arm, "seeds": [run["seed"] for run in of_arm], "loss": statistics.mean(losses)}
+        row["spread"] = max(losses) - min(losses) if len(losses) > 1 else None
+        row["over dense"] = [
+            run["looks"][-1]["loss"] - dense[run["seed"]] for run in of_arm if arm != "dense" and run["seed"] in dense
+        ]
+        row["run dense"] = statistics.mean(look["dense_loss"] for look in last)
         row |= {"tokens/s": statistics.median(run["tokens/s"] for run in of_arm), "bytes": of_arm[0]["peak_bytes"]}
-        for share in ("zeros", "dropped", "dropped_across_tokens"):
+        row["gpus"] = sorted({run["record"].get("gpu", "CPU") for run in of_arm})
+        for share in SHARES:
             row[share] = statistics.mean(value for look in last for value in look[share])
         rows.append(row)
     return rows
@@ -41,35 +54,50 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("arm", "seeds", "held-out loss", "spread", "tokens/s", "peak GB", "zeros", "dropped", "across tokens")
+    shown = Table("arm", "seeds", "held-out loss", "spread", "over dense, by seed", "run dense", "tokens/s", "peak GB")
+    for name in ("zeros", "dropped", "across tokens", "of gradient"):
+        shown.add_column(name)
     for row in rows:
         memory = f"{row['bytes'] / 1e9:.1f}" if row["bytes"] else ""
-        shares = (f"{row[share]:.2%}" for share in ("zeros", "dropped", "dropped_across_tokens"))
-        numbers = f"{row['loss']:.4f}", f"{row['spread']:.4f}", f"{row['tokens/s']:,}"
-        shown.add_row(row["arm"], str(row["seeds"]), *numbers, memory, *shares)
-    Console(width=120).print(shown)
+        spread = "–" if row["spread"] is None else f"{row['spread']:.4f}"
+        over = ", ".join(f"{change:+.4f}" for change in row["over dense"])
+        numbers = f"{row['loss']:.4f}", spread, over, f"{row['run dense']:.4f}", f"{row['tokens/s']:,}", memory
+        shares = (f"{row[share]:.2%}" for share in SHARES)
+        shown.add_row(row["arm"], ", ".join(map(str, row["seeds"])), *numbers, *shares)
+    console = Console(width=160)
+    console.print(shown)
+    console.print("on " + ", ".join(sorted({gpu for row in rows for gpu in row["gpus"]})))
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Held-out loss, zeros, and what is dropped, by step, means over layers; a line a seed."""
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4))
-    loss, zeros, dropped = panels
+    """Held-out loss over that of dense with the same seed, a line a seed; and shares, by step and at last by layer.
+
+    By step, means over layers.
+    """
+    figure, panels = plt.subplots(2, 5, figsize=(22, 8))
+    dense = {run["seed"]: [look["loss"] for look in run["looks"]] for run in runs.get("dense", ())}
+    loss, over = panels[:, 0]
     for colour, (arm, of_arm) in zip(COLOURS, runs.items()):
         for number, run in enumerate(of_arm):
-            steps = [look["step"] for look in run["looks"]]
-            label = arm if number == 0 else None
-            loss.plot(steps, [look["loss"] for look in run["looks"]], color=colour, label=label, linewidth=1)
-            for panel, share, style in SHARES:
-                means = [statistics.mean(look[share]) for look in run["looks"]]
-                panels[panel].plot(steps, means, color=colour, label=label, linestyle=style, linewidth=1)
-    loss.set(title="held-out loss, nats a byte", xlabel="step")
-    zeros.set(title="zeros in relu(h)²", xlabel="step")
-    dropped.set(title="dropped: energy across tokens; dotted: non-zeros, forward", xlabel="step")
-    for panel in panels:
+            looks, like = run["looks"], {"color": colour, "linewidth": 1, "label": arm if number == 0 else None}
+            steps, losses = [look["step"] for look in looks], [look["loss"] for look in looks]
+            loss.plot(steps, losses, **like)
+            if run["seed"] in dense:
+                over.plot(steps, [ours - theirs for ours, theirs in zip(losses, dense[run["seed"]])], **like)
+            for share, (by_step, by_layer) in zip(SHARES, panels[:, 1:].T):
+                by_step.plot(steps, [statistics.mean(look[share]) for look in looks], **like)
+                by_layer.plot(range(len(looks[-1][share])), looks[-1][share], marker="o", markersize=3, **like)
+    loss.set(title="held-out loss, nats a byte", xlabel="step", yscale="log")
+    over.set(title="the same over dense, of one seed", xlabel="step")
+    over.set_yscale("symlog", linthresh=0.01)
+    for title, (by_step, by_layer) in zip(TITLES, panels[:, 1:].T):
+        by_step.set(title=title, xlabel="step")
+        by_layer.set(title="at the end", xlabel="layer")
+    for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
     loss.legend(fontsize=8, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

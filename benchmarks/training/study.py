@@ -11,9 +11,10 @@
     exact           the gradients of weights dense and exact
 
 All arms of a seed start from the same weights and see the same batches. Blocks are compiled one at a time: one graph
-for all of them, quickly. Every so many steps: loss on held-out files, and of each layer the share of zeros, the share
-of non-zeros that 2:4 drops, and what 2:4 along tokens drops of the energy of relu(h)² and of that of the gradient by h,
-which is the dense model's in all arms. Writes ``<out>/<arm>-<seed>.json``; ``plot.py`` beside this draws all of them.
+for all of them, quickly. Every so many steps: loss on held-out files as the model runs then, and with dense
+activations; and of each layer the share of zeros, the share of non-zeros that 2:4 drops, and what 2:4 along tokens
+drops of the energy of relu(h)² and of that of the gradient by h, which is the dense model's in all arms. At last, what
+a step runs of ours. Writes ``<out>/<arm>-<seed>.json``; ``plot.py`` beside this draws all of them.
 """
 
 import argparse
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import record
 
 import ao_act24
-from ao_act24 import autograd, ops
+from ao_act24 import autograd, lowering, ops
 from ao_act24.measure import across_tokens
 
 ARMS = ("dense", "full", "no-warm-up", "no-permutation", "no-split", "exact")
@@ -52,7 +53,7 @@ class Size:
     heads: int = 16
     context: int = 1024
     batch: int = 16
-    steps: int = 3000
+    steps: int = 5000
     warmup: int = 1000
     every: int = 250  # steps between two looks
     megabytes: int = 200  # of text at most
@@ -126,8 +127,11 @@ def batch(source: Tensor, size: Size, generator: torch.Generator) -> tuple[Tenso
 
 @torch.no_grad()
 def look(model: GPT, run: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """The held-out loss as the model runs now, and what 2:4 drops in each layer of one batch."""
-    found: dict[str, Any] = {"loss": sum(float(autocast(run, *pair)) for pair in batches) / len(batches)}
+    """The held-out loss as the model runs now, and dense; and what 2:4 drops in each layer of one batch."""
+    found: dict[str, Any] = {
+        name: sum(float(autocast(each, *pair)) for pair in batches) / len(batches)
+        for name, each in (("loss", run), ("dense_loss", model))
+    }
     hidden: list[Tensor] = []
     hooks = [block.ffn.up.register_forward_hook(lambda *call: hidden.append(call[2])) for block in model.blocks]
     with torch.enable_grad():
@@ -158,8 +162,16 @@ def compiled(model: GPT, backend: Any) -> nn.Module:
     """The same model, weights and all, with compiled blocks."""
     run = copy.copy(model)
     run._modules = dict(model._modules)
-    run.blocks = nn.Sequential(*(torch.compile(block, backend=backend) for block in model.blocks))
+    run.blocks = nn.Sequential(*(torch.compile(block, backend=backend, fullgraph=True) for block in model.blocks))
     return run
+
+
+def ours(run: nn.Module, tokens: Tensor, targets: Tensor) -> list[str]:
+    """Which of our operators, or kernels, a forward and backward run. Leaves the gradients."""
+    with torch.profiler.profile() as profile:
+        autocast(run, tokens, targets).backward()
+    names = {event.key.removeprefix("ao_act24::") for event in profile.key_averages()}
+    return sorted(names & {*lowering.KERNELS, "feature_wise_counts", "feature_wise_sums"})
 
 
 def now() -> float:
@@ -209,6 +221,7 @@ def train(arm: str, seed: int, size: Size) -> dict[str, Any]:
         decay.step()
         schedule.step()
         losses.append(loss.detach())
+    ran = ours(run, *held[0])
     schedule.close()
     return {
         "arm": arm,
@@ -217,6 +230,7 @@ def train(arm: str, seed: int, size: Size) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data": data,
         "looks": looks,
+        "ours": ran,
         "losses": [round(float(loss), 5) for loss in losses],
         "tokens/s": round(speeds[-1]),
         "peak_bytes": peak,
