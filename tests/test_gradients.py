@@ -124,6 +124,42 @@ def test_training_step(weight_grads):
         assert (got.grad.float().cpu() - want.grad).norm() < 0.1 * want.grad.norm()
 
 
+def test_a_run_that_is_resumed(tmp_path):
+    """As users train: fp32 weights under autocast, accumulated gradients, a fused optimiser, sequences, a warm-up."""
+    data, config = random(6, 2, 8, 64, 256), ao_act24.Act24Config(emulate=True, weight_grads="sparse")
+
+    def start():
+        torch.manual_seed(0)
+        mlp = MLP(dim=256, hidden=1024).cuda()
+        optimizer = torch.optim.AdamW(mlp.parameters(), lr=1e-3, fused=True)
+        run = torch.compile(mlp, backend=ao_act24.Act24Backend(config), fullgraph=True)
+        return run, {"mlp": mlp, "optimizer": optimizer, "schedule": ao_act24.Schedule(warmup_steps=2)}
+
+    def train(run, parts, batches):
+        losses = []
+        for batch in batches:
+            for x in batch:
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = run(x).float().square().mean() / len(batch)
+                loss.backward()
+                losses.append(float(loss))
+            parts["optimizer"].step()
+            parts["optimizer"].zero_grad()
+            parts["schedule"].step()
+        return losses
+
+    run, parts = start()
+    want = train(run, parts, data[:4])
+    torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "checkpoint")
+    want += train(run, parts, data[4:])
+    parts["schedule"].close()
+    run, parts = start()
+    for name, state in torch.load(tmp_path / "checkpoint").items():
+        parts[name].load_state_dict(state)
+    assert train(run, parts, data[4:]) == want[8:] and want[-1] < want[0]
+    parts["schedule"].close()
+
+
 def by_reference(monkeypatch, function, *arguments):
     """The same on the GPU without a kernel of ours."""
     with monkeypatch.context() as patch:
