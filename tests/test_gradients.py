@@ -142,7 +142,7 @@ def test_a_run_that_is_resumed(tmp_path):
                 with torch.autocast("cuda", torch.bfloat16):
                     loss = run(x).float().square().mean() / len(batch)
                 loss.backward()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
             parts["optimizer"].step()
             parts["optimizer"].zero_grad()
             parts["schedule"].step()
