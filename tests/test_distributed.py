@@ -1,5 +1,7 @@
 """Training on two processes: DDP and FSDP2 over gloo, against one process with all of the data; and the schedule."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,7 +74,7 @@ def train(rank, directory, way, weight_grads):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("way", "weight_grads"), [("ddp", "dense"), ("fsdp2", "dense"), ("fsdp2", "sparse")])
+@pytest.mark.parametrize(("way", "weight_grads"), [*itertools.product(("ddp", "fsdp2"), ("dense", "sparse"))])
 def test_two_processes(way, weight_grads, tmp_path):
     mp.spawn(train, (str(tmp_path), way, weight_grads), nprocs=2)
     got, exact = torch.load(tmp_path / "gradients"), model(activation=relu2_24)
