@@ -42,7 +42,9 @@ MATMULS = {  # tokens, model_dim, hidden_dim
 FIRST = {"linear_relu2_sparsify": [(3840, 584, 2112), (250, 64, 8768), (1279, 72, 3584), (200, 328, 320), (1, 8, 64)]}
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
 FP8 = {"fp8": [(1279, 584, 4672), (33, 136, 100), (250, 64, 8768), (3, 64, 64)]}  # tokens, model_dim, hidden_dim
-GRADIENTS = {"gradients": [(1283, 576, 2112), (131, 584, 192)]}  # tokens (three make no four), model_dim, hidden_dim
+GRADIENTS = {
+    "gradients": [(1, 1283, 576, 2112), (1, 131, 584, 192), (8, 64, 128, 192)]
+}  # the first two leave three tokens
 PLANTED = "planted"
 CASES = ("relu2_sparsify", *MATMULS, *FIRST, *GRADIENTS, *FP8, PLANTED)
 KERNELS = (
@@ -82,8 +84,8 @@ def workload(case: str) -> None:
                 matmul(tokens, model_dim, hidden_dim, dtype)
             for tokens, model_dim, hidden_dim in FIRST.get(case, ()):
                 first_matmul(tokens, model_dim, hidden_dim, dtype)
-            for tokens, model_dim, hidden_dim in GRADIENTS.get(case, ()):
-                gradients(tokens, model_dim, hidden_dim, dtype)
+            for sequences, tokens, model_dim, hidden_dim in GRADIENTS.get(case, ()):
+                gradients((sequences, tokens), model_dim, hidden_dim, dtype)
             for tokens, model_dim, hidden_dim in FP8.get(case, ()):
                 fp8(tokens, model_dim, hidden_dim, dtype)
     torch.cuda.synchronize()
@@ -118,10 +120,10 @@ def first_matmul(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtyp
     assert all(torch.equal(a.cpu(), b) for a, b in zip(got, reference.linear_relu2_sparsify(x, weight, bias)))
 
 
-def gradients(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) -> None:
+def gradients(tokens: tuple[int, int], model_dim: int, hidden_dim: int, dtype: torch.dtype) -> None:
     """What the gradient of an FFN calls, of small integers."""
-    packed, metadata = reference.relu2_sparsify(torch.randint(-2, 3, (tokens, hidden_dim)).to(dtype))
-    grad, weight = (torch.randint(-1, 2, (n, model_dim)).to(dtype) for n in (tokens, hidden_dim))
+    packed, metadata = reference.relu2_sparsify(torch.randint(-2, 3, (*tokens, hidden_dim)).to(dtype))
+    grad, weight = (torch.randint(-1, 2, (*n, model_dim)).to(dtype) for n in (tokens, (hidden_dim,)))
     down, chosen = weight.t().contiguous(), torch.tensor([hidden_dim - 1, 0, 5])
     wise, codes, counts, left = reference.feature_wise(packed, metadata, True, True)
     exact, (_, slots) = weight[:5], reference.densest(counts, 5)
