@@ -26,7 +26,7 @@ def test_study(tmp_path):
     run("study.py", "full", "--tiny", "--seed", "3", "--out", str(tmp_path))
     result = json.loads((tmp_path / "full-3.json").read_text())
     assert [(look["step"], look["dense"]) for look in result["looks"]] == [(0, True), (3, False), (6, False)]
-    assert result["losses"][-1] < result["losses"][0] and len(result["losses"]) == 6
+    assert result["looks"][-1]["loss"] < result["looks"][0]["loss"] and len(result["losses"]) == 6
     last = result["looks"][-1]
     assert "relu2_ffn" in result["ours"] and "feature_wise_mm" in result["ours"]
     assert abs(last["dense_loss"] - last["loss"]) < 0.1 and last["dense_loss"] != last["loss"]
