@@ -64,10 +64,7 @@ def _check_sparse_mm(
     _check_scale("row_scale", row_scale, packed.shape[:-1])
     _check_scale("weight_scale", weight_scale, weight.shape[:1])
     _check_sixteen("dtype", dtype)
-    if bias is not None:
-        ops._check_bias(bias, weight, "bias", bias)
-        torch._check_type(bias.dtype == dtype, lambda: f"bias must have dtype {dtype} as out, got {bias.dtype}")
-        _check_device("bias", bias, packed.device)
+    ops._check_bias(bias, weight, "out", packed.new_empty(0, dtype=dtype))
     _check_device("weight", weight, packed.device)
     _check_device("row_scale", row_scale, packed.device)
     _check_device("weight_scale", weight_scale, packed.device)

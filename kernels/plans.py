@@ -25,8 +25,8 @@ MATMUL_THREADS = 512
 MATMUL_STARTS_WITH = 128  # registers: see there
 K = 64  # columns of A and B in a stage
 # RUN: columns that four threads hold a quarter each of; A_COLUMNS: of A in a stage, as it is stored; A_MN, B_MN: is A,
-# is B MN-major; GROUP: so many rows of K come together though they are that part of K
-# apart; TRANSPOSED: the result is stored [N, M]
+# is B MN-major; GROUP: so many rows of K come together though they are a stride apart; TRANSPOSED: the result is stored
+# [N, M]
 _SPARSE = {"STAGES": 5, "RUN": 32, "A_COLUMNS": 32, "A_MN": 0, "B_MN": 0, "GROUP": 1, "TRANSPOSED": 0}
 _DENSE = {"STAGES": 4, "RUN": 64, "A_COLUMNS": 64, "A_MN": 0, "B_MN": 0, "GROUP": 1}
 _WISE = {**_SPARSE, "A_MN": 1, "B_MN": 1}

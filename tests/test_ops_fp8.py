@@ -46,7 +46,7 @@ NAMES = ("packed", "metadata", "row_scale", "weight", "weight_scale", "bias", "d
         ("weight", torch.zeros(7, 12).to(BF16), TypeError, "weight must have dtype float8_e4m3fn, got torch.bfloat16"),
         ("weight", torch.zeros(7, 16).to(E4M3), ValueError, "weight must be .D, H. with H = 12 as in packed"),
         ("weight_scale", torch.ones(7, 1), ValueError, "weight_scale must have shape .7,., got .7, 1."),
-        ("bias", torch.ones(7), TypeError, "bias must have dtype torch.bfloat16 as out, got torch.float32"),
+        ("bias", torch.ones(7), TypeError, "bias must have the dtype of out, torch.bfloat16, got torch.float32"),
         ("bias", torch.ones(8).to(BF16), ValueError, "bias must have shape .7,. as weight has rows, got .8,."),
         ("dtype", torch.float32, TypeError, "dtype must be bfloat16 or float16, got torch.float32"),
         ("weight", torch.zeros(7, 12, device="meta").to(E4M3), ValueError, "weight must be on the device of packed"),

@@ -165,7 +165,7 @@ def test_sequences(sequences, apart):
 
 
 def test_what_fires_at_one_place_of_every_sequence_is_kept():
-    """In a quarter of the batch, where sequences are not told, half of it would be lost."""
+    """In a quarter of the batch, where sequences are not told, half of its entries would be lost."""
     places = torch.rand(8, 64, 256, dtype=F64) * (torch.arange(64)[:, None] == torch.arange(256) % 64)
     assert dropped_share(places, permuted=True) < 1e-12 and dropped_share(places.flatten(0, 1), permuted=True) > 0.15
 
