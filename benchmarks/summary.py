@@ -1,10 +1,10 @@
 """The figures that were asked for, from a result of ``hopper.py``: ``python benchmarks/summary.py RESULT.json``.
 
-A result has up to six parts, ``kernels``, ``ffn``, ``tokens``, ``rule``, ``training`` and ``fp8``, with the ``record``
-of its run and its ``rows``. A row is one thing timed: ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros``
-(percent), ``dtype`` where it is not bfloat16, ``samples`` (one a round), their ``median``, ``min`` and ``max`` in
-``unit``, and clock, power and energy where they could be measured. In ``rule``, 2:4 has what the schedule's ``waste``
-is, and whether the rule would have it ``taken``.
+A result has parts, ``hopper.PARTS``, each with the ``record`` of its run and its ``rows``. A row is one thing timed:
+``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros`` (percent), ``dtype`` where it is not bfloat16, ``samples``
+(one a round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they could be
+measured. In ``rule`` and ``outside``, 2:4 has what the schedule's ``waste`` is, and whether the rule would have it
+``taken``.
 """
 
 import argparse
@@ -136,8 +136,8 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             add(f"{figure}{', in a CUDA graph' if how else ''}: least", shape, slowest, LEAST_FEW)
     taken = [
         (ratio(timed, best(timed)["what"], ours), f"{named(at)}, {zeros} %{', fp16' * (dtype == 'float16')}{steps}")
-        for zeros, dtype in itertools.product((90, 97), ("bfloat16", "float16"))
-        for at, timed in rows(result, "rule", zeros, dtype).items()
+        for part, zeros, dtype in itertools.product(("rule", "outside"), (90, 97), ("bfloat16", "float16"))
+        for at, timed in rows(result, part, zeros, dtype).items()
         for ours, steps in (("2:4", ""), ("2:4 in two steps", ", two steps"))
         if timed.get(ours, {}).get("taken")
     ]

@@ -58,7 +58,7 @@ def relu2_sparsify_fp8(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     index = two_largest(relu)
     kept = take(relu, index).float().square()
     largest = kept.amax(-1) if kept.shape[-1] else kept.new_zeros(kept.shape[:-1])
-    row_scale = largest.clamp_min(E4M3_FLOOR) / E4M3_MAX
+    row_scale = largest.clamp_min(E4M3_FLOOR) / largest.new_full((), E4M3_MAX)  # by a number, a GPU would multiply
     scaled = (kept * row_scale.reciprocal().unsqueeze(-1)).clamp_max(E4M3_MAX)
     return scaled.to(E4M3), layout.encode(index), row_scale
 

@@ -41,6 +41,10 @@ def made_of(rows, monkeypatch, clusters=66):
     whole, lower, height = rows
     share_out = schedule.share_out
     monkeypatch.setattr(schedule, "_ways", lambda units, most: [rows])
-    monkeypatch.setattr(schedule, "share_out", lambda *size: share_out.__wrapped__(*size[:3], min(clusters, size[3])))
+
+    def fewer(rows, columns, stages, most, *stride):
+        return share_out.__wrapped__(rows, columns, stages, min(clusters, most), *stride)
+
+    monkeypatch.setattr(schedule, "share_out", fewer)
     monkeypatch.setattr(cuda, "PLANS", plans.Plans())
     return (3 * whole + height * lower) * 64 * schedule.CLUSTER - 5
