@@ -64,8 +64,8 @@ from ao_act24.kernels import cuda, schedule
 from ao_act24.phases import PHASE
 
 MIN_TOKENS = 512
-MIN_DIM, MIN_HIDDEN_DIM = 768, 3072  # at few columns, and at a short K, a tile's end is as long as its stages
-MAX_WASTE = 1.17
+MIN_DIM, MIN_HIDDEN_DIM = 768, 2048  # at few columns, and at a short K, a tile's end is as long as its stages
+MAX_WASTE = 1.22
 MAX_TRAINING_WASTE = 1.06
 NEVER = 2**60
 MIN_SPARSE_GRADS = 2**37  # tokens * model_dim * hidden_dim
@@ -116,7 +116,7 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, packs, least) 
         return "the down projection's weight does not lie in rows of hidden_dim: 2:4 would copy it at each call"
     if model_dim is None or hidden_dim is None:
         return ""
-    if model_dim < MIN_DIM or hidden_dim < MIN_HIDDEN_DIM or hidden_dim < 2 * model_dim:
+    if model_dim < MIN_DIM or hidden_dim < MIN_HIDDEN_DIM or hidden_dim < model_dim:
         least_size = f"model_dim {MIN_DIM} on, and hidden_dim {MIN_HIDDEN_DIM} and twice model_dim"
         return f"2:4 runs from {least_size}, got {model_dim} and {hidden_dim}"
     if tokens is None:

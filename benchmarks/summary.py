@@ -2,9 +2,9 @@
 
 A result has parts, ``hopper.PARTS``, each with the ``record`` of its run and its ``rows``. A row is one thing timed:
 ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros`` (percent), ``dtype`` where it is not bfloat16,
-``samples`` (one a round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they could be
-measured. In ``rule`` and ``outside``, 2:4 has what the schedule's ``waste`` is, and whether the rule would have it
-``taken``.
+``samples`` (one a round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they
+could be measured. In ``rule`` and ``outside``, 2:4 has what the schedule's ``waste`` is, and whether the rule would
+have it ``taken``.
 """
 
 import argparse

@@ -90,7 +90,7 @@ def check_matmul(tokens, model_dim, hidden_dim, dtype=torch.bfloat16, bias=True)
     exact = dense.double() @ weight.double().t() * scale.double()[:, None] * weight_scale.double()
     exact = exact if offset is None else exact + offset
     error = (got.double() - exact).norm()
-    if tokens and not (model_dim % 16 or hidden_dim % 16) and dtype == torch.bfloat16:
+    if tokens >= 256 and not (model_dim % 16 or hidden_dim % 16) and dtype == torch.bfloat16:  # fewer cuBLAS may refuse
         scales = {"scale_a": scale[:, None], "scale_b": weight_scale[None]}
         theirs = torch._scaled_mm(
             dense.to(E4M3), weight.t(), bias=offset, out_dtype=dtype, use_fast_accum=True, **scales
