@@ -2,37 +2,40 @@
 
 Tiles are of a fixed size, and where they do not come out even, some multiprocessors wait: ``waste`` counts how much
 longer than if all worked alike (``kernels/schedule.py``). Dense over 2:4 time of a whole FFN, forward, by
-``torch.compile`` (the faster of its modes where both were measured), both in a CUDA graph, one H200::
+``torch.compile`` (the faster of its modes where marked +), all in CUDA graphs, 90 % zeros, one H200::
 
     T x D x H                   waste  dense / 2:4  both multiplied
-    4096 x 4096 x 16384          1.04         1.25     1.30
+    8192 x 4096 x 16384          1.03         1.24     1.28    +  97 % zeros: 1.21   in two steps: 1.17
     4096 x 8192 x 32768          1.04         1.26     1.31
-    1024 x 4096 x 16384          1.07         1.22     1.31
-    2048 x 2048 x  8192          1.07         1.23     1.31
-    4096 x 1024 x  4096          1.07         1.24     1.33
-    1152 x 4096 x 16384          1.15         1.12     1.28
-    1552 x 3584 x 14336          1.17         1.12     1.31
-    4096 x  768 x  3072          1.18         1.31     1.55
-    1665 x 4096 x 16384          1.20         1.10     1.33
-    1168 x 4608 x 18432          1.21         1.16     1.39    fp16: 1.16
-    1488 x 2048 x  8192          1.22         1.12     1.36    fp16: 1.15
-    1680 x 4096 x  8192          1.22         1.14     1.38
-    1376 x 3328 x 13312          1.22         1.09     1.33
-    2736 x 2304 x 13824          1.22         1.03     1.25
-    1024 x 2048 x  8192          1.22         1.07     1.31
-    1648 x 2560 x 10240          1.25         1.00     1.25
-    2048 x  768 x  3072          1.33         1.00     1.34
-    1049 x 3328 x 13312          1.49         0.86     1.29
-    1079 x 2304 x 13824          1.67         0.81     1.35
-    1024 x 1024 x  4096          1.71         0.89     1.52
+    8192 x 4096 x  4096          1.05         1.20     1.26
+    8192 x 2048 x  2048          1.05         1.22     1.28
+    4096 x 2048 x  8192          1.07         1.19     1.27    +                     in two steps: 1.13
+    1024 x 4096 x 16384          1.07         1.15     1.23    +
+     512 x 8192 x 32768          1.11         1.14     1.27    +
+    1152 x 4096 x 16384          1.15         1.15     1.32    +                     in two steps: 1.10
+    1552 x 3584 x 14336          1.17         1.09     1.27    +
+    1168 x 4608 x 18432          1.21         1.18     1.42    +  fp16: 1.17
+     848 x 8192 x 32768          1.22         1.06     1.29
+    1376 x 3328 x 13312          1.22         1.05     1.28       97 % zeros: 1.04
+    1680 x 4096 x  8192          1.22         1.10     1.34       97 % zeros: 1.09
+    2736 x 2304 x 13824          1.22         1.06     1.29       97 % zeros: 1.05
+    1488 x 2048 x  8192          1.22         1.13     1.38    +  fp16: 1.13
+    8512 x  768 x  3072          1.22         1.23     1.50    +
+    1024 x 2048 x  8192          1.22         1.02     1.25       1.225: not taken
+    2048 x 1024 x  4096          1.22         0.99     1.21       1.225: not taken
+    1648 x 2560 x 10240          1.25         0.99     1.23
+     640 x 5120 x 20480          1.43         0.96     1.38    +
+    1049 x 3328 x 13312          1.49         0.85     1.27
+     512 x 2048 x  8192          1.71         0.88     1.50
+    8192 x 1024 x  1024          1.11         1.11     1.23       short K: not taken
+    8192 x 4096 x  1024          1.09         1.10     1.20       short K: not taken
 
-Multiplied, they are 1.25 and more. With 97 % zeros the dense FFN was 4 % faster, and by ``max-autotune`` up to 4 %: so
-2:4 runs where ``waste`` is up to 1.17. From ``least_tokens`` on it is, for any number of tokens; below, for some.
-(``benchmarks/results/hopper.json``, with 20 more sizes: ``python benchmarks/hopper.py --only tokens`` at 666f0af.)
+Multiplied, they are 1.21 and more: so 2:4 runs where ``waste`` is up to 1.22. From ``least_tokens`` on it is, for any
+number of tokens; below, for some. (``benchmarks/results/hopper.json``, with more sizes: ``python benchmarks/hopper.py
+--only tokens rule outside``; a test holds the rule to it.)
 
-Where the first matmul does not pack its own result, only the second is ours, and its waste alone is asked: that gains
-at most half as much, and was not measured. Nor were shorter K than 3072 and 768, hidden_dim below twice model_dim, and
-GPUs with fewer multiprocessors: all dense.
+Where the first matmul does not pack its own result ("in two steps"), only the second is ours, and its waste alone is
+asked. GPUs of another number of multiprocessors and model_dim below 768 were not measured: dense.
 
 In training, forward and backward, over the same (``--only training`` and, marked *, seen), gradients of weights exact
 or in 2:4 along tokens::
@@ -48,11 +51,12 @@ or in 2:4 along tokens::
      4096 x 1024 x  4096         1.07     1.00     0.68  *
 
 Where the sparse ones lose, it is by launching: some 20 kernels more, one FFN at a time. So they run from 2**37
-multiplications on, exact ones below. More uneven sizes were not measured in training: it stays dense above 1.06.
+multiplications on, exact ones below. Not measured in training, so dense: waste above 1.06, hidden_dim below 3072 and
+below twice model_dim.
 
 Called one by one, without a graph, 2:4 is faster at the small sizes, too, where launching binds; the rule is for both.
 Few tokens bind both matmuls to reading the weights, which 2:4 activations do not make smaller: 128 were slower, 512
-followed the rule (1.21 at 8192 x 32768). Other Hopper cards of as many multiprocessors, with less power or memory
+followed the rule. Other Hopper cards of as many multiprocessors, with less power or memory
 bandwidth for dense and 2:4 alike, were not measured.
 """
 
@@ -64,7 +68,7 @@ from ao_act24.kernels import cuda, schedule
 from ao_act24.phases import PHASE
 
 MIN_TOKENS = 512
-MIN_DIM, MIN_HIDDEN_DIM = 768, 2048  # at few columns, and at a short K, a tile's end is as long as its stages
+MIN_DIM, MIN_HIDDEN_DIM, MIN_TRAINING_HIDDEN_DIM = 768, 2048, 3072  # at a short K, a tile's end weighs more
 MAX_WASTE = 1.22
 MAX_TRAINING_WASTE = 1.06
 NEVER = 2**60
@@ -88,7 +92,7 @@ def why_dense(  # type: ignore[no-untyped-def]
     if device.type in ("cpu", "meta") or config.emulate:
         return ""
     reason = cuda.why_not(device, dtype) or _why_not_measured(device)
-    reason = reason or _why_slower(tokens, model_dim, hidden_dim, in_rows, training, packs, least)
+    reason = reason or why_slower(tokens, model_dim, hidden_dim, in_rows, training, packs, least)
     return reason and f"{reason} (Act24Config(emulate=True) runs 2:4 all the same)"
 
 
@@ -108,7 +112,10 @@ def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[
     return cuda.why_not(device, dtype)
 
 
-def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, packs, least) -> str:  # type: ignore[no-untyped-def]
+def why_slower(  # type: ignore[no-untyped-def]
+    tokens, model_dim, hidden_dim, in_rows, training, packs, least=None
+) -> str:
+    """Why 2:4 would be slower at this size, or was not measured; arguments as of ``why_dense``."""
     for name, size, factor in (("hidden_dim", hidden_dim, 64), ("model_dim", model_dim, 64)):
         if size is not None and size % factor:
             return f"the 2:4 kernels take {name} divisible by {factor}, got {size}"
@@ -116,9 +123,9 @@ def _why_slower(tokens, model_dim, hidden_dim, in_rows, training, packs, least) 
         return "the down projection's weight does not lie in rows of hidden_dim: 2:4 would copy it at each call"
     if model_dim is None or hidden_dim is None:
         return ""
-    if model_dim < MIN_DIM or hidden_dim < MIN_HIDDEN_DIM or hidden_dim < model_dim:
-        least_size = f"model_dim {MIN_DIM} on, and hidden_dim {MIN_HIDDEN_DIM} and twice model_dim"
-        return f"2:4 runs from {least_size}, got {model_dim} and {hidden_dim}"
+    least_hidden = max(MIN_TRAINING_HIDDEN_DIM, 2 * model_dim) if training else max(MIN_HIDDEN_DIM, model_dim)
+    if model_dim < MIN_DIM or hidden_dim < least_hidden:
+        return f"2:4 runs from model_dim {MIN_DIM} and here hidden_dim {least_hidden} on, got {model_dim}, {hidden_dim}"
     if tokens is None:
         return ""
     most = MAX_TRAINING_WASTE if training else MAX_WASTE

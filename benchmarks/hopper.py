@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import ao_act24
 from ao_act24.kernels import cuda, reference
-from ao_act24.when import least_tokens, waste, why_dense
+from ao_act24.when import least_tokens
 
 SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
 FEW_SIZES = [(2048, 8192), (768, 3072), (1024, 4096), (4096, 16384), (8192, 32768)]
@@ -424,12 +424,7 @@ def ruled(shape: Shape, zeros: int, dtype: torch.dtype, meter: Meter, **modes: A
         ao_act24.sparsify_(apart, ALWAYS.config)
         runs["2:4 in two steps"] = functools.partial(torch.compile(apart, fullgraph=True, dynamic=False), x)
     calls, graphs = in_graphs(runs, min(burst(run, 10) for run in runs.values()))
-    timed = in_turn(graphs, 0.5, len(graphs), meter, each=calls)
-    for name, packs in (("2:4", True), ("2:4 in two steps", False)):
-        if name in timed:
-            why = why_dense(x.device, dtype, *shape, True, False, packs, ao_act24.Act24Config())
-            timed[name] |= {"waste": waste(*shape, packs), "taken": not why}
-    return placed(timed, shape, zeros, dtype)
+    return placed(in_turn(graphs, 0.5, len(graphs), meter, each=calls), shape, zeros, dtype)
 
 
 def placed(timed: dict[str, Row], shape: Shape, zeros: int, dtype: torch.dtype = torch.bfloat16) -> list[Row]:

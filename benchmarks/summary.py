@@ -3,8 +3,7 @@
 A result has parts, ``hopper.PARTS``, each with the ``record`` of its run and its ``rows``. A row is one thing timed:
 ``what``, ``tokens``, ``model_dim``, ``hidden_dim``, ``zeros`` (percent), ``dtype`` where it is not bfloat16,
 ``samples`` (one a round), their ``median``, ``min`` and ``max`` in ``unit``, and clock, power and energy where they
-could be measured. In ``rule`` and ``outside``, 2:4 has what the schedule's ``waste`` is, and whether the rule would
-have it ``taken``.
+could be measured.
 """
 
 import argparse
@@ -14,6 +13,8 @@ import operator
 import statistics
 from pathlib import Path
 from typing import Any
+
+from ao_act24.when import why_slower
 
 Row = dict[str, Any]
 Shape = tuple[int, int, int]  # tokens, model_dim, hidden_dim
@@ -138,8 +139,8 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
         (ratio(timed, best(timed)["what"], ours), f"{named(at)}, {zeros} %{', fp16' * (dtype == 'float16')}{steps}")
         for part, zeros, dtype in itertools.product(("rule", "outside"), (90, 97), ("bfloat16", "float16"))
         for at, timed in rows(result, part, zeros, dtype).items()
-        for ours, steps in (("2:4", ""), ("2:4 in two steps", ", two steps"))
-        if timed.get(ours, {}).get("taken")
+        for ours, packs, steps in (("2:4", True, ""), ("2:4 in two steps", False, ", two steps"))
+        if ours in timed and not why_slower(*at, in_rows=True, training=False, packs=packs)
     ]
     if taken:
         slowest, where = min(taken)

@@ -235,11 +235,11 @@ def test_what_a_dynamic_number_of_tokens_would_change_is_said(gpu, monkeypatch):
     with torch.device("meta"):
         model, uneven = MLP(dim=2048, hidden=8192), MLP(dim=832, hidden=832)
     with torch.no_grad():
-        assert remark(model, 2048) == "where the number of tokens is dynamic, only from 4225 on"
-        assert remark(model, 4225) == "" == remark(model, 2048, emulate=True)
+        assert remark(model, 2048) == "where the number of tokens is dynamic, only from 3201 on"
+        assert remark(model, 3201) == "" == remark(model, 2048, emulate=True)
         assert remark(uneven, 4096, 832) == "not where the number of tokens is dynamic"
         x = torch.empty(2048, 2048, device="meta")
-        assert "is dynamic, only from 4225 on" in str(ao_act24.explain(model, x))
+        assert "is dynamic, only from 3201 on" in str(ao_act24.explain(model, x))
         torch._dynamo.mark_dynamic(x, 0)
         assert ao_act24.explain(model, x).verdicts[0].remark == ""
     assert remark(model, 5120) == "where the number of tokens is dynamic, only from 11009 on"

@@ -27,7 +27,7 @@ SIZE = {
     **{"dtype": torch.bfloat16, "tokens": 8192, "model_dim": 4096, "hidden_dim": 16384},
     **{"in_rows": True, "training": False, "packs": True},
 }
-SMALLEST = "2:4 runs from model_dim 768 on, and hidden_dim 3072 and twice model_dim, got"
+SMALLEST = "2:4 runs from model_dim 768 and here hidden_dim"
 
 
 @pytest.mark.parametrize(
@@ -36,13 +36,16 @@ SMALLEST = "2:4 runs from model_dim 768 on, and hidden_dim 3072 and twice model_
         ({"dtype": torch.float32}, "the 2:4 kernels take bfloat16 and float16, got torch.float32"),
         ({"model_dim": 4}, "the 2:4 kernels take model_dim divisible by 64, got 4"),
         ({"hidden_dim": 16388}, "the 2:4 kernels take hidden_dim divisible by 64, got 16388"),
-        ({"model_dim": 576, "hidden_dim": 2304}, f"{SMALLEST} 576 and 2304"),
-        ({"model_dim": 1024, "hidden_dim": 2048}, f"{SMALLEST} 1024 and 2048"),
-        ({"hidden_dim": 4096}, f"{SMALLEST} 4096 and 4096"),
+        ({"model_dim": 576, "hidden_dim": 2304}, f"{SMALLEST} 2048 on, got 576, 2304"),
+        ({"model_dim": 1024, "hidden_dim": 1024}, f"{SMALLEST} 2048 on, got 1024, 1024"),
+        ({"hidden_dim": 4032}, f"{SMALLEST} 4096 on, got 4096, 4032"),
+        ({"hidden_dim": 4096}, ""),
+        ({"hidden_dim": 4096, "training": True}, f"{SMALLEST} 8192 on, got 4096, 4096"),
+        ({"model_dim": 1024, "hidden_dim": 2560, "training": True}, f"{SMALLEST} 3072 on, got 1024, 2560"),
         ({"in_rows": False}, "the down projection's weight does not lie in rows of hidden_dim: 2:4 would copy it"),
-        ({"tokens": 16}, "2:4 runs from 2177 tokens on at this size, and at some fewer, got 16"),
-        ({"tokens": 2049}, "2:4 runs from 2177 tokens on at this size, and at some fewer, got 2049"),
-        ({"tokens": 1152, "packs": False}, "2:4 runs from 4737 tokens on at this size, and at some fewer, got 1152"),
+        ({"tokens": 16}, "2:4 runs from 1665 tokens on at this size, and at some fewer, got 16"),
+        ({"tokens": 1537}, "2:4 runs from 1665 tokens on at this size, and at some fewer, got 1537"),
+        ({"tokens": 1152, "packs": False}, "2:4 runs from 3201 tokens on at this size, and at some fewer, got 1152"),
         ({"tokens": 1152, "training": True}, "2:4 runs from 7297 tokens on at this size, and at some fewer, got 1152"),
         ({"tokens": 1152}, ""),
         ({"tokens": 1024, "packs": False}, ""),
