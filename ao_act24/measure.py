@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from ao_act24 import autograd, ops
+from ao_act24 import autograd, ops, ops_fp8
 from ao_act24.capture import locator, run_captured
-from ao_act24.config import Act24Config
+from ao_act24.config import Act24Config, checked
+from ao_act24.fp8 import from_parts, to_fp8
 from ao_act24.kernels import reference
 from ao_act24.passes import Act24Warning, Verdict, graph_modules, rewrite_graph
 from ao_act24.passes.find import Site, find_sites
 from ao_act24.passes.report import as_text, describe
+from ao_act24.passes.vocabulary import is_our_op
 from ao_act24.phases import ignored
 
 
@@ -30,7 +32,11 @@ class Layer:
         zeros: share of the activation ``relu(h)**2`` that is exactly zero.
         dropped: share of its non-zeros that 2:4 drops.
         dropped_energy: share of its sum of squares that 2:4 drops.
-        error: ``||sparse - dense|| / ||dense||`` of the FFN's output, for the same input.
+        error: ``||sparse - dense|| / ||dense||`` of the FFN's output, for the same input: what 2:4 adds. Where it runs
+            in fp8, dense does, too.
+        fp8_error: the same of dense fp8 against dense in 16 bits: what fp8 adds by itself. None where it does not run
+            in fp8.
+        fp8_error_in_24: the same of fp8 in 2:4 against dense in 16 bits: what both add.
         dropped_across_tokens: share that ``weight_grads="sparse"`` drops of the sum of squares that is left.
         dropped_gradient: share that it drops of the sum of squares of the gradient by ``h``, in the 2:4 model; None
             without a loss to differentiate.
@@ -45,8 +51,11 @@ class Layer:
     dropped_across_tokens: float = 0.0
     dropped_gradient: float | None = None
     tokens: int = 0
+    fp8_error: float | None = None
+    fp8_error_in_24: float | None = None
     _total: int = field(default=0, repr=False)
     _sums: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64), repr=False)
+    _fp8_sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64), repr=False)
     _gradient_sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64), repr=False)
 
     def _add(self, square: Tensor, pruned: Tensor, sparse: Tensor, dense: Tensor) -> None:
@@ -64,6 +73,13 @@ class Layer:
         self.dropped_energy = max(energy_sum - left_sum, 0.0) / energy_sum if energy_sum else 0.0
         self.dropped_across_tokens = across_sum / left_sum if left_sum else 0.0
         self.error = (difference_sum / norm_sum) ** 0.5 if norm_sum else 0.0
+
+    def _add_fp8(self, sparse: Tensor, dense: Tensor, in_16_bits: Tensor) -> None:
+        exact = in_16_bits.double()
+        squares = ((dense.double() - exact), (sparse.double() - exact), exact)
+        self._fp8_sums += torch.stack([values.square().sum() for values in squares]).cpu()
+        fp8, both, norm = self._fp8_sums.sqrt().tolist()
+        self.fp8_error, self.fp8_error_in_24 = (fp8 / norm, both / norm) if norm else (0.0, 0.0)
 
     def _add_gradient(self, gradient: Tensor, pruned: Tensor) -> None:
         self._gradient_sums += torch.stack(across_tokens(gradient, pruned)).cpu()
@@ -108,12 +124,17 @@ class Measurement:
 
         table = Table(title="what 2:4 does to each FFN", title_justify="left")
         table.add_column("FFN", overflow="fold")
-        across = ("energy, across tokens", "gradient, across tokens")
+        across = ["energy, across tokens", "gradient, across tokens"]
+        in_fp8 = any(layer.fp8_error is not None for layer in self.layers)
+        if in_fp8:
+            across = ["fp8 alone, over 16 bits", "both, over 16 bits"]
         for column in ("tokens", "zeros", "non-zeros dropped", "energy dropped", "output error", *across):
             table.add_column(column, justify="right", min_width=7)  # of a share: none is cut off
         for layer in self.layers:
-            shares = (layer.zeros, layer.dropped, layer.dropped_energy, layer.error, layer.dropped_across_tokens)
-            cells = ("–" if share is None else f"{share:.3%}" for share in (*shares, layer.dropped_gradient))
+            in_training = (layer.dropped_across_tokens, layer.dropped_gradient)
+            last = (layer.fp8_error, layer.fp8_error_in_24) if in_fp8 else in_training
+            shares = (layer.zeros, layer.dropped, layer.dropped_energy, layer.error, *last)
+            cells = ("–" if share is None else f"{share:.3%}" for share in shares)
             table.add_row(Text(layer.path), f"{layer.tokens:,}", *cells)
         loss = f"model output error {self.output_error:.3%}"
         if self.dense_loss is not None and self.sparse_loss is not None:
@@ -150,7 +171,12 @@ class Measurement:
 
 
 def measure(
-    model: Callable[..., Any], /, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **kwargs: Any
+    model: Callable[..., Any],
+    /,
+    *inputs: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    config: Act24Config | None = None,
+    **kwargs: Any,
 ) -> Measurement:
     """Run ``model(*inputs, **kwargs)`` dense and in 2:4, and compare every FFN and the result.
 
@@ -164,6 +190,9 @@ def measure(
         inputs, kwargs: arguments that it can run on; large batches give steadier numbers.
         loss: computes a scalar from the model's output; never passed to the model. Without it the output's ``loss``
             attribute is used, or the output itself if it is a scalar.
+        config: as for compiling; like ``loss``, never passed to the model. With ``dtype="fp8"`` FFNs of bfloat16
+            weights are measured as they would be after conversion: the dense run is then in fp8, and "16 bits" are
+            what the model has now. Of weights that are in fp8 already, "16 bits" are what they stand for.
 
     Raises:
         TypeError: if ``model`` or ``loss`` cannot be called, or ``loss`` returns no scalar.
@@ -173,9 +202,10 @@ def measure(
         raise TypeError(f"loss must be a function of the model's output, got {type(loss).__name__}")
     layers: dict[tuple[Any, ...], Layer] = {}
     with_gradients = torch.is_grad_enabled()
+    rewrite = Act24Config(emulate=True, dtype=checked(config).dtype)
 
     def run(stand_in: StandIn | None) -> Any:
-        return run_captured(model, inputs, kwargs, _Probe(model, layers, progress, stand_in))
+        return run_captured(model, inputs, kwargs, _Probe(model, rewrite, layers, progress, stand_in))
 
     with _Progress() as progress, torch.no_grad(), ignored():
         dense, sparse = run(_compare), run(None)
@@ -202,6 +232,41 @@ def _compare(layer: Layer, packed: Tensor, metadata: Tensor, weight: Tensor, bia
     dense = torch.nn.functional.linear(square.to(packed.dtype), weight, bias)
     layer._add(square, ops.unpack(packed, metadata), sparse, dense)
     return dense
+
+
+def _compare_fp8(
+    layer: Layer,
+    packed: Tensor,
+    metadata: Tensor,
+    row_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    h: Tensor,
+    first: tuple[Tensor, Tensor, Tensor | None] | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """The same in fp8. ``first``, ``weight``: both projections' operands in 16 bits, where they are known."""
+    sparse = ops_fp8.sparse_mm_fp8(packed, metadata, row_scale, qdata, scale, bias, dtype)
+    in_fp8 = from_parts(qdata, scale, dtype)
+    dense = torch.nn.functional.linear(reference.relu2(h), in_fp8, bias)
+    in_16_bits = h if first is None else torch.nn.functional.linear(*first)
+    weight = in_fp8.dequantize() if weight is None else weight
+    layer._add(reference.relu2(h), ops.unpack(*ops.relu2_sparsify(h)), sparse, dense)
+    layer._add_fp8(sparse, dense, torch.nn.functional.linear(reference.relu2(in_16_bits), weight, bias))
+    return dense
+
+
+def _in_16_bits(site: Site) -> tuple[tuple[Any, ...] | None, Any]:
+    """What was converted in the graph, as it was: the operands of the first projection, and the second one's weight."""
+    assert site.down is not None
+    first, weight = None, None
+    if site.up is not None and isinstance(site.up.weight, Node) and site.up.weight.target is to_fp8:
+        first = site.up.input, site.up.weight.args[0], site.up.bias
+    if isinstance(site.down.weight, Node) and site.down.weight.target is to_fp8:
+        weight = site.down.weight.args[0]
+    return first, weight
 
 
 def _add_gradients(loss: Callable[[StandIn], Tensor | float | None]) -> None:
@@ -234,6 +299,7 @@ class _Probe:
     """A Dynamo backend that runs graphs eagerly in 2:4, with a stand-in, if there is one, for each sparse matmul."""
 
     model: Callable[..., Any]
+    rewrite: Act24Config
     layers: dict[tuple[Any, ...], Layer]  # by the names of its weights, its path and its line of code
     progress: "_Progress"
     stand_in: StandIn | None
@@ -242,7 +308,7 @@ class _Probe:
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         sites = 0
         for module in graph_modules(gm):
-            rewrite_graph(module.graph, Act24Config(emulate=True))
+            rewrite_graph(module.graph, self.rewrite)
             for site in find_sites(module.graph):
                 if site.rewritten and self.stand_in is not None:
                     self._replace(site, self.stand_in, locator(gm, self.model, site, describe(site, "")))
@@ -262,18 +328,23 @@ class _Probe:
         self, site: Site, stand_in: StandIn, locate: Callable[[tuple[Any, ...]], tuple[tuple[str, ...], Verdict]]
     ) -> None:
         assert site.relu2 is not None
+        node = site.node
+        plain, count = node.target, len(node.args)
+        operands: tuple[Any, ...] = (site.relu2.h,)
+        compare: Callable[..., Tensor] = stand_in
+        if is_our_op(node, "sparse_mm_fp8"):
+            compare, operands = _compare_fp8, (*operands, *_in_16_bits(site))
 
         def located(*args: Any) -> Tensor:
             if self.args is None:  # a backward recomputes what was checkpointed
-                return ops.sparse_mm(*args[:-1])
+                return plain(*args[:count])  # type: ignore[operator]
             weights, verdict = locate(self.args)
             key = (weights, verdict.path, verdict.source)
-            out = stand_in(self.layers.setdefault(key, Layer(verdict.name)), *args)
+            out = compare(self.layers.setdefault(key, Layer(verdict.name)), *args)
             self.progress.advance()
             return out
 
-        node = site.node
-        node.target, node.args = located, (*node.args, site.relu2.h)
+        node.target, node.args = located, (*node.args, *operands)
 
 
 class _Progress:

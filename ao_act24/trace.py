@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy
 import torch
+import torchao
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute, TraceError
@@ -82,7 +83,7 @@ class _Attribute(_Value, Attribute):
     pass
 
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_TORCH, _TORCHAO = (os.path.join(*package.__path__, "") for package in (torch, torchao))
 _MODES = tuple(_TORCH + name + os.sep for name in ("amp", "autograd"))
 _LIBRARY, _HERE = os.path.dirname(os.__file__) + os.sep, os.path.dirname(__file__) + os.sep
 
@@ -127,13 +128,15 @@ class _Tracer(Tracer):
                     torch.cuda.set_rng_state(torch.from_numpy(state), device)
 
     def _watch(self, frame: types.FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        """For ``sys.settrace``: sees all functions that are called, and exceptions in those that are not torch's."""
+        """For ``sys.settrace``: sees all functions that are called, and exceptions in those that are not torch's.
+
+        torchao's tensors run code of theirs where attributes are read."""
         file = frame.f_code.co_filename
         if event == "exception" and not issubclass(argument[0], (StopIteration, GeneratorExit)):
             self.faithful = False  # that matters where it is swallowed
         if file.startswith(_MODES):
             self.faithful = False
-        if file.startswith((_TORCH, _HERE)) or (file.startswith(_LIBRARY) and "site-packages" not in file):
+        if file.startswith((_TORCH, _TORCHAO, _HERE)) or (file.startswith(_LIBRARY) and "site-packages" not in file):
             return None
         if event == "call":
             frame.f_trace_lines = False

@@ -16,7 +16,7 @@ import linecache
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,12 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config, checked
+from ao_act24.fp8 import INFERENCE_ONLY, is_fp8, to_fp8
 from ao_act24.kernels import cuda
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
-from ao_act24.passes.vocabulary import ancestors, cast_dtype, is_our_op, weight_origin
+from ao_act24.passes.find import find_sites
+from ao_act24.passes.judge import judge
+from ao_act24.passes.vocabulary import Linear, ancestors, cast_dtype, is_our_op, weight_origin
 from ao_act24.phases import ignored
 from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
 from ao_act24.when import MIN_DIM, least_tokens, why_dense
@@ -62,6 +65,8 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
     if checked(config).weight_grads == "sparse":
         raise ValueError('config.weight_grads must be "dense" for sparsify_; with the backend it may be "sparse"')
     with ignored():  # the phase is asked for at each call
+        if checked(config).dtype == "fp8":
+            _convert(model, checked(config))
         _visit(model, "", checked(config), verdicts, set())
     if not any(map(is_sparsified, model.modules())):
         reasons = "; ".join(sorted({v.reason for v in verdicts})) or "no Linear→ReLU²→Linear block could be traced"
@@ -91,9 +96,7 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         verdicts.extend(verdict.within(path) for verdict in module.forward._act24_verdicts)  # type: ignore[attr-defined]
     for name, child in module.named_children():
         _visit(child, f"{path}.{name}".lstrip("."), config, verdicts, warned)
-    own = sum(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
-    own += sum(min(matrices(child), 1) for child in module.children())  # several: say a LoRA adapter around one
-    if own < 2 or is_patched(module):
+    if not _may_hold_ffn(module):
         return
     train, evaluate = (trace(module, training) for training in (True, False))
     if train is None or evaluate is None:
@@ -113,6 +116,44 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
 
 
+def _may_hold_ffn(module: nn.Module) -> bool:
+    own = sum(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
+    own += sum(min(matrices(child), 1) for child in module.children())  # several: say a LoRA adapter around one
+    return own >= 2 and not is_patched(module)
+
+
+def _convert(model: nn.Module, config: Act24Config) -> None:
+    """To fp8: both weights of each block that 2:4 takes, wherever in ``model`` they are."""
+    for module in model.modules():
+        evaluate = trace(module, False) if _may_hold_ffn(module) else None
+        for site in find_sites(evaluate.graph) if evaluate else ():
+            if judge(site, replace(config, dtype=None)):
+                continue
+            found = [_weight_of(module, linear) for linear in (site.up, site.down) if linear]
+            weights = [weight for weight in found if weight is not None and weight.dtype == torch.bfloat16]
+            for weight in weights if len(weights) == 2 else ():
+                if not is_fp8(weight):
+                    _put_in_place(model, weight, nn.Parameter(to_fp8(weight.detach()), requires_grad=False))
+
+
+def _weight_of(module: nn.Module, linear: Linear) -> nn.Parameter | None:
+    """That of a traced linear layer, if it is a parameter ``[outputs, inputs]``."""
+    if linear.weight is None:
+        return attribute(module, f"{linear.node.target}.weight")
+    node, transposed, _ = weight_origin(linear.weight)
+    if node.op != "get_attr" or transposed != linear.transposed:
+        return None
+    found = attribute(module, str(node.target))
+    return found if isinstance(found, nn.Parameter) else None
+
+
+def _put_in_place(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is old:
+                setattr(module, name, new)
+
+
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
     """For ``nn.DataParallel``: the class's own copies all attributes, and so a forward bound to the original."""
     replica = type(self)._replicate_for_data_parallel(self)
@@ -123,6 +164,7 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
 class _Weight(NamedTuple):
     transposed: bool  # [hidden_dim, model_dim]
     cast: torch.dtype | bool  # True: to another tensor's dtype, the input's
+    in_fp8: bool  # torchao's Float8Tensor
 
 
 @dataclass
@@ -132,9 +174,9 @@ class _Generated:
     run: _Forward
     inlined: list[tuple[str, type[nn.Module]]]  # submodules whose code was traced, and so is not called any more
     biased: set[str]  # the linear layers among them that have a bias
-    weights: dict[str, _Weight]  # what sparse_mm multiplies by
-    least: dict[str, int]  # of these weights, the tokens from which on 2:4 pays: Dynamo would trace how it is found
-    sources: list[str]  # submodules and tensors that sparse_mm's results come from
+    weights: dict[str, _Weight]  # what is multiplied by in 2:4
+    least: dict[str, int]  # of these weights, the tokens from which on it pays: Dynamo would trace how it is found
+    sources: list[str]  # submodules and tensors that its results come from
     config: Act24Config
 
 
@@ -161,12 +203,14 @@ def _generate(
         if name and name not in called and not name.startswith(inside_called)
         if name in traced or not isinstance(child, nn.Dropout)  # else never called
     ]
-    products = [node for node in graph.nodes if is_our_op(node, "sparse_mm")]
-    weights = {}
-    for product in products:
-        weight, transposed, cast = weight_origin(product.args[2])
-        weights[str(weight.target)] = _Weight(transposed, cast is not None and (cast_dtype(cast) or True))
-    sources = set().union(*map(ancestors, products))
+    weights, sources = {}, set()
+    for site in find_sites(graph):
+        if site.rewritten:
+            assert site.down is not None and site.down.weight is not None
+            weight, transposed, cast = weight_origin(site.down.weight)
+            in_fp8 = is_our_op(site.node, "sparse_mm_fp8")
+            weights[str(weight.target)] = _Weight(transposed, cast is not None and (cast_dtype(cast) or True), in_fp8)
+            sources |= ancestors(site.node)
     biased = {name for name, _ in inlined if getattr(module.get_submodule(name), "bias", None) is not None}
     shapes = {name: attribute(module, name).shape for name in weights}
     sizes = {name: shape[::-1] if weights[name].transposed else shape for name, shape in shapes.items()}
@@ -204,7 +248,7 @@ def _dispatcher(module: nn.Module, warned: set[str], train: _Generated | None, e
         reason = changed or _stays_dense(self, generated, inputs)
         if not reason:
             return generated.run(self, *inputs)
-        if (changed or reason == _COMPILED_ONLY) and not torch.compiler.is_compiling():
+        if (changed or reason in (_COMPILED_ONLY, INFERENCE_ONLY)) and not torch.compiler.is_compiling():
             message = f"{reason}: {type(self).__name__} runs dense"
             if message not in warned:
                 warned.add(message)
@@ -231,14 +275,14 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
             return f"{path} drops with p={child.p}"
         if isinstance(child, nn.Linear) and child.bias is not None and path not in generated.biased:
             return f"{path} has a bias, and had none when sparsify_ looked"
-    for path, (transposed, _) in generated.weights.items():
+    for path, (transposed, _, in_fp8) in generated.weights.items():
         weight = attribute(module, path)
-        if is_traceable_wrapper_subclass(weight):
+        if is_fp8(weight) is not in_fp8 or (not in_fp8 and is_traceable_wrapper_subclass(weight)):
             return f"{path} became a {type(weight).__name__}"
         if weight.shape[0 if transposed else -1] % 4:
             return f"{path} now has shape {tuple(weight.shape)}"
     if inputs and inputs[0].is_cuda and not generated.config.emulate:
-        path, (_, cast) = next(iter(generated.weights.items()))
+        path, (_, cast, _) = next(iter(generated.weights.items()))
         return cuda.why_not(inputs[0].device, _dtype(inputs[0], attribute(module, path), cast))
     return ""
 
@@ -255,14 +299,18 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
     if not inputs or inputs[0].ndim == 0:
         return ""
     device, tokens = inputs[0].device, inputs[0].numel() // inputs[0].shape[-1]
+    in_fp8 = any(weight.in_fp8 for weight in generated.weights.values())
+    if in_fp8 and _trains(module, generated, inputs):
+        return INFERENCE_ONLY
     training = device.type == "cuda" and not generated.config.emulate and _trains(module, generated, inputs)
     if training and torch.compiler.is_compiling():  # before Dynamo guards on the number of tokens
         return _COMPILED_ONLY
-    for path, (transposed, cast) in generated.weights.items():
+    for path, (transposed, cast, in_fp8) in generated.weights.items():
         weight = attribute(module, path).t() if transposed else attribute(module, path)
         dtype = _dtype(inputs[0], weight, cast)
         model_dim, hidden_dim = weight.shape
-        size = (tokens, model_dim, hidden_dim, weight.is_contiguous(), False, False)
+        in_rows = (weight.qdata if in_fp8 else weight).is_contiguous()
+        size = (tokens, model_dim, hidden_dim, in_rows, False, False)
         if reason := why_dense(device, dtype, *size, generated.config, generated.least[path]):
             return reason
     return _COMPILED_ONLY if training else ""

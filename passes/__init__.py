@@ -36,7 +36,7 @@ def rewrite_graph(graph: Graph, config: Act24Config) -> list[Verdict]:
         list(zip(sites, reasons))
     ):  # the last first: a site's h may be an earlier site's result
         if not reason and not site.rewritten:
-            rewrite(site)
+            rewrite(site, config)
     return verdicts
 
 

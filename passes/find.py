@@ -91,7 +91,8 @@ def _already_rewritten(node: Node) -> Site | None:
         first, second = ((argument(ffn, i, ""), argument(ffn, i + 1, "")) for i in (1, 3))  # weights and biases
         up, down = Linear(ffn, argument(ffn, 0, "x"), *first, False), Linear(node, ffn, *second, False)
         return Site("relu²", node, down=down, up=up, rewritten=True)
-    if not is_our_op(node, "sparse_mm"):
+    in_fp8 = is_our_op(node, "sparse_mm_fp8")
+    if not in_fp8 and not is_our_op(node, "sparse_mm"):
         return None
     packed = argument(node, 0, "packed")
     while isinstance(packed, Node) and (between := as_between(packed)):
@@ -99,11 +100,14 @@ def _already_rewritten(node: Node) -> Site | None:
     sparsify = packed.args[0] if isinstance(packed, Node) and packed.args else None
     if not isinstance(sparsify, Node):
         return None
-    down = Linear(node, sparsify, argument(node, 2, "weight"), argument(node, 3, "bias"), False)
+    weight, bias = (argument(node, i, "") for i in ((3, 5) if in_fp8 else (2, 3)))
+    if weight.target is getattr:  # of torchao's tensor
+        weight = weight.args[0]
+    down = Linear(node, sparsify, weight, bias, False)
     if is_our_op(sparsify, "linear_relu2_sparsify"):
         x, weight, bias = (argument(sparsify, i, name) for i, name in enumerate(("x", "weight", "bias")))
         return Site("relu²", node, down=down, up=Linear(sparsify, x, weight, bias, False), rewritten=True)
-    if not is_our_op(sparsify, "relu2_sparsify"):
+    if not is_our_op(sparsify, "relu2_sparsify_fp8" if in_fp8 else "relu2_sparsify"):
         return None
     h = argument(sparsify, 0, "h")
     source = _climb_to_linear(h)

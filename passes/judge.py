@@ -1,18 +1,20 @@
 """Decide about a site that has the right form: do shapes, dtypes and devices allow 2:4, and is there code to run it?"""
 
 import math
-from typing import Any
 
+import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config
+from ao_act24.fp8 import HOW_TO_CONVERT, INFERENCE_ONLY, is_fp8, why_not_by_rows
+from ao_act24.kernels.plans import ELEMENTS
 from ao_act24.ops import DTYPES
 from ao_act24.when import why_dense
 
 from .find import Site
 from .fuse import packs_itself, why_apart
 from .rewrite import narrow_source
-from .vocabulary import cast_dtype, same_size, submodule, value, weight_origin
+from .vocabulary import cast_dtype, known_weight, same_size, value
 
 
 def judge(site: Site, config: Act24Config) -> str:
@@ -20,9 +22,9 @@ def judge(site: Site, config: Act24Config) -> str:
     if site.reason or site.rewritten:
         return site.reason
     assert site.relu2 is not None and site.down is not None
-    h, (weight, transposed) = value(site.relu2.h), down_weight(site)
+    h, (weight, transposed) = value(site.relu2.h), known_weight(site.down)
     for name, tensor in (("the hidden activation", h), ("the down projection's weight", weight)):
-        if tensor is not None and is_traceable_wrapper_subclass(tensor):
+        if tensor is not None and is_traceable_wrapper_subclass(tensor) and not is_fp8(tensor):
             return f"{name} is a {type(tensor).__name__}: 2:4 works on plain tensors only"
     bias = value(site.down.bias)
     if weight is not None and weight.ndim != 2:
@@ -51,9 +53,13 @@ def judge(site: Site, config: Act24Config) -> str:
     dtypes |= set() if out is None else {out.dtype}
     tokens = None if out is None else math.prod(out.shape[:-1])
     model_dim = None if weight is None else weight.shape[1 if transposed else 0]
-    in_rows = weight is None or (weight.t() if transposed else weight).is_contiguous()
     training = h is not None and h.requires_grad
-    size = (tokens, model_dim, hidden_dim, in_rows, training, training or packs_itself(site))
+    in_fp8 = config.dtype == "fp8" or is_fp8(weight)
+    if in_fp8 and (reason := _why_not_fp8(site, config, training, dtypes)):
+        return reason
+    stored = weight.qdata if is_fp8(weight) else weight
+    in_rows = stored is None or (stored.t() if transposed else stored).is_contiguous()
+    size = (tokens, model_dim, hidden_dim, in_rows, training, training or (not in_fp8 and packs_itself(site)))
     if reason := next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), ""):
         return reason
     if training and like.is_cuda and not config.emulate and (apart := why_apart(site)):
@@ -61,19 +67,37 @@ def judge(site: Site, config: Act24Config) -> str:
     return ""
 
 
-def down_weight(site: Site) -> tuple[Any, bool]:
-    """The down projection's weight as the graph knows it (fake, real, or None), and whether it is ``[H, D]``."""
-    assert site.down is not None
-    if site.down.node.op == "call_module":
-        return submodule(site.down.node).weight, False
-    assert site.down.weight is not None
-    origin = weight_origin(site.down.weight)
-    return value(origin.node), origin.transposed != site.down.transposed
+def _why_not_fp8(site: Site, config: Act24Config, training: bool, dtypes: set[torch.dtype]) -> str:
+    """``dtypes``: of the activation and of the result."""
+    assert site.relu2 is not None and site.up is not None and site.down is not None
+    if training:
+        return INFERENCE_ONLY
+    (up, _), (down, transposed) = known_weight(site.up), known_weight(site.down)
+    if transposed:
+        return "a weight in fp8 must be [outputs, inputs]"
+    if not is_fp8(down):
+        wrong = [weight.dtype for weight in (up, down) if weight is not None and weight.dtype != torch.bfloat16]
+        if wrong:
+            return f"only bfloat16 weights are converted to fp8, got {wrong[0]}"
+        if not config.emulate:
+            return f"the weights are not in fp8 yet: {HOW_TO_CONVERT}"
+        if site.up.transposed or any(known is None for known in (site.up.weight, site.down.weight, up, down)):
+            return "only weights [outputs, inputs] that the graph knows can be converted to fp8 at each call"
+    elif reason := why_not_by_rows(down):
+        return f"the down projection's weight is in fp8, but not by rows with an activation by rows: {reason}"
+    if dtypes - set(ELEMENTS):
+        return f"fp8 takes bfloat16 and float16 activations, got {', '.join(sorted(map(str, dtypes)))}"
+    if len(dtypes) > 1 or narrow_source(site.relu2) is None:
+        return "the activation is cast on its way, which fp8 does not take"
+    bias = value(site.down.bias)
+    if bias is not None and bias.dtype not in dtypes:
+        return f"the down projection's bias must have the dtype of its result, {dtypes.pop()}, got {bias.dtype}"
+    return ""
 
 
 def hidden_size(site: Site):  # type: ignore[no-untyped-def]  # int, SymInt or None
     """H, from the activation or else from the down projection's weight."""
     if site.relu2 is not None and value(site.relu2.h) is not None:
         return value(site.relu2.h).shape[-1]
-    weight, transposed = down_weight(site) if site.down else (None, False)
+    weight, transposed = known_weight(site.down) if site.down else (None, False)
     return None if weight is None else weight.shape[0 if transposed else 1]

@@ -8,9 +8,12 @@ from typing import Any
 
 from torch.fx import Node
 
+from ao_act24.fp8 import is_fp8
+from ao_act24.kernels.reference import E4M3
+
 from .find import Site
-from .judge import down_weight, hidden_size
-from .vocabulary import value
+from .judge import hidden_size
+from .vocabulary import known_weight, value
 
 
 def as_text(table: Any) -> str:
@@ -40,7 +43,8 @@ class Verdict:
         x, out: shapes of the FFN's input and output, ``[..., D]``; None where the graph does not say. Sizes that are
             symbolic are given as text.
         hidden_dim: the hidden size H, or None.
-        dtype, device: of the hidden activation, or of the weight where the graph does not say.
+        dtype, device: of the hidden activation, or of the weight where the graph does not say; float8_e4m3fn where the
+            down projection multiplies in fp8.
         source: the line of code that multiplies by the down projection.
         remark: what else ``explain`` has to say of a site that runs in 2:4.
     """
@@ -122,13 +126,14 @@ class Report:
 def describe(site: Site, reason: str) -> Verdict:
     """The verdict on ``site``; call it before the site is rewritten, while its nodes are there."""
     h = value(site.relu2.h) if site.relu2 else None
-    weight = down_weight(site)[0] if site.down else None
+    weight = known_weight(site.down)[0] if site.down else None
     x = value(site.up.input) if site.up else None
     out = value(site.down.node) if site.down else None
     hidden = hidden_size(site)
     if hidden is None and site.up is not None and value(site.up.node) is not None:
         hidden = value(site.up.node).shape[-1]
     like = next((tensor for tensor in (h, out, weight) if tensor is not None), None)
+    in_fp8 = is_fp8(weight) or getattr(weight, "dtype", None) == E4M3
     return Verdict(
         path=_module_path(site),
         activation=site.activation,
@@ -137,7 +142,7 @@ def describe(site: Site, reason: str) -> Verdict:
         x=_sizes(x),
         hidden_dim=None if hidden is None else _size(hidden),
         out=_sizes(out),
-        dtype="" if like is None else str(like.dtype).removeprefix("torch."),
+        dtype="" if like is None else str(E4M3 if in_fp8 else like.dtype).removeprefix("torch."),
         device="" if like is None else str(like.device),
         source=_source(site.node),
     )

@@ -23,36 +23,47 @@ import operator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from ao_act24 import ops
+from ao_act24 import ops, ops_fp8
+from ao_act24.config import Act24Config
 from ao_act24.fingerprint import source_digest
+from ao_act24.fp8 import is_fp8, to_fp8
 
 from .find import Site
 from .relu2 import Relu2, strip
-from .vocabulary import Between, Linear, as_between, cast_dtype, is_transpose, op_name, takes_dtype, value
+from .vocabulary import Between, Linear, as_between, cast_dtype, is_transpose, known_weight, op_name, takes_dtype, value
 
 
-def rewrite(site: Site) -> None:
+def rewrite(site: Site, config: Act24Config) -> None:
     """Rewrite one site in its graph. The nodes that it replaces are erased."""
-    assert site.relu2 is not None and site.down is not None
+    assert site.relu2 is not None and site.down is not None and site.up is not None
     down = site.down.node
     for node in (*site.relu2.inside, site.relu2.h, *(step.input for step in strip(site.relu2.h)[0])):
         for user in [user for user in node.users if takes_dtype(user, node)]:
             user.op, user.target, user.args = "call_method", "to", (user.args[0], value(user).dtype)
     emit = Emitter(down)
-    h, casts = _hoist(emit, site.relu2)
-    pair = emit.call(ops.relu2_sparsify.default, h, name="relu2_sparsify")
-    packed, metadata = (
-        emit.call(operator.getitem, pair, i, name=name) for i, name in enumerate(("packed", "metadata"))
-    )
-    for cast in casts:
-        packed = emit.again(cast, packed)
     weight, bias = parameters(emit, site.down)
-    out = emit.instead(ops.sparse_mm.default, packed, metadata, weight, bias, name=f"sparse_mm_{source_digest()[:8]}")
+    known = known_weight(site.down)[0]
+    in_fp8 = is_fp8(known)
+    if config.dtype == "fp8" and not in_fp8:
+        in_fp8, weight = True, emit.call(to_fp8, weight)
+        if not is_fp8(known_weight(site.up)[0]):
+            first = parameters(Emitter(site.up.node), site.up)[0]
+            site.up.node.replace_input_with(first, Emitter(site.up.node).call(to_fp8, first))
+    h, casts = _hoist(emit, site.relu2)
+    if in_fp8:
+        out = _in_fp8(emit, h, weight, bias, known.dtype)
+    else:
+        pair = emit.call(ops.relu2_sparsify.default, h, name="relu2_sparsify")
+        packed, metadata = (emit.call(operator.getitem, pair, i, name=name) for i, name in enumerate(PACKED[:2]))
+        for cast in casts:
+            packed = emit.again(cast, packed)
+        name = f"sparse_mm_{source_digest()[:8]}"
+        out = emit.instead(ops.sparse_mm.default, packed, metadata, weight, bias, name=name)
     down.replace_all_uses_with(out)
     graph = down.graph
     graph.erase_node(down)
@@ -64,6 +75,20 @@ def rewrite(site: Site) -> None:
         widened = step.input
     site.rewritten = True
     site.node = out
+
+
+PACKED = ("packed", "metadata", "row_scale")
+
+
+def _in_fp8(emit: "Emitter", h: Node, weight: Node, bias: Any, dtype: torch.dtype) -> Node:
+    """``weight``: torchao's tensor, whose data and scales are read at each call."""
+    three = emit.call(ops_fp8.relu2_sparsify_fp8.default, h, name="relu2_sparsify_fp8")
+    packed, metadata, row_scale = (emit.call(operator.getitem, three, i, name=name) for i, name in enumerate(PACKED))
+    qdata = emit.call(getattr, weight, "qdata", name="qdata")
+    scale = emit.method("flatten", emit.call(getattr, weight, "scale", name="scale"))
+    out = value(emit.anchor)
+    operands = packed, metadata, row_scale, qdata, scale, bias, dtype if out is None else out.dtype
+    return emit.instead(ops_fp8.sparse_mm_fp8.default, *operands, name=f"sparse_mm_fp8_{source_digest()[:8]}")
 
 
 class Emitter:
@@ -107,7 +132,7 @@ class Emitter:
         inputs = [value(arg) for arg in node.all_input_nodes]
         kind = "val" if "val" in self.anchor.meta else "example_value"
         node.meta.pop(kind, None)
-        fake_mode = next((v.fake_mode for v in tree_leaves(inputs) if isinstance(v, FakeTensor)), None)
+        fake_mode = next(filter(None, map(maybe_get_fake_mode, tree_leaves(inputs))), None)
         if fake_mode is not None and all(v is not None for v in inputs):
             args, kwargs = map_arg((node.args, dict(node.kwargs)), value)
             run = node.target if callable(node.target) else getattr(torch.Tensor, str(node.target))

@@ -103,6 +103,8 @@ def _fields(node: Node) -> dict[Any, str]:
 def _result_name(node: Node) -> str:
     if node.target is operator.getitem:
         return re.sub(r"(_\d+)+$", "", node.name)
+    if node.target is getattr:
+        return str(node.args[1])
     return _operation(node).rpartition(".")[2]
 
 
@@ -115,6 +117,8 @@ def _operation(node: Node) -> str:
 
 
 def _call(node: Node, names: dict[Node, str]) -> str:
+    if node.target is getattr:
+        return f"{_argument(node.args[0], names)}.{node.args[1]}"
     arguments = [_argument(arg, names) for arg in node.args]
     arguments += [f"{key}={_argument(arg, names)}" for key, arg in node.kwargs.items()]
     return f"{_operation(node)}({', '.join(arguments)})"

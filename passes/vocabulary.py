@@ -240,6 +240,14 @@ def ancestors(node: Node) -> set[Node]:
     return found
 
 
+def known_weight(linear: Linear) -> tuple[Any, bool]:
+    """A linear layer's weight as the graph knows it (fake, real, or None), and whether it is ``[inputs, outputs]``."""
+    if linear.weight is None:
+        return submodule(linear.node).weight, False
+    origin = weight_origin(linear.weight)
+    return value(origin.node), origin.transposed != linear.transposed
+
+
 class Origin(NamedTuple):
     """Where a weight comes from: ``node`` is it, or what it is a cast or transposed copy of."""
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ao_act24
 from ao_act24 import capture_graphs
+from ao_act24.fp8 import to_fp8
 
 
 class MLP(nn.Module):
@@ -83,6 +84,29 @@ forward(
     return (sparse_mm,)""",
         )
         self.assertEqual(graphs.backward, ())
+
+    def test_fp8(self):
+        mlp = MLP()
+        for linear in (mlp.up, mlp.down):
+            linear.weight = nn.Parameter(to_fp8(linear.weight.detach().bfloat16()), requires_grad=False)
+        with torch.no_grad():
+            graphs = capture_graphs(mlp, torch.randn(4, 16).bfloat16())
+        self.assertExpectedInline(
+            graphs.after[0],
+            """\
+after(
+    up.weight: bf16[32, 16],
+    arg0: bf16[4, 16],
+    down.weight: bf16[16, 32],
+):
+    linear = linear(arg0, up.weight, None)                                                            # bf16[4, 32]
+    packed, metadata, row_scale = ao_act24.relu2_sparsify_fp8(linear)                                 # f8e4m3fn[4, 16], u8[16, 32], f32[4]
+    qdata = down.weight.qdata                                                                         # f8e4m3fn[16, 32]
+    scale = down.weight.scale                                                                         # f32[16, 1]
+    flatten = flatten(scale)                                                                          # f32[16]
+    sparse_mm_fp8 = ao_act24.sparse_mm_fp8(packed, metadata, row_scale, qdata, flatten, None, torch.bfloat16)  # bf16[4, 16]
+    return (sparse_mm_fp8,)""",
+        )
 
     def test_training(self):
         graphs = capture_graphs(MLP(), torch.randn(4, 16))
