@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from machine import Meter, record
 from summary import FFN_SHAPES, MATMUL_SHAPES, TRAINING_SHAPES, Row, Shape, named, shape_of, show, summary
 from torch import Tensor, nn
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import ao_act24
 from ao_act24.kernels import cuda, reference
@@ -285,6 +286,26 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         for name, size in sizes.items():
             timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
         yield placed(with_the_faster(timed, theirs), shape, 90)
+        del dense, matmuls, in_graphs, packing, ours, packed, metadata, h, other
+        yield placed(fp8_ffn(ffn, x, quick, meter), shape, 90)
+
+
+def fp8_ffn(ffn: FFN, x: Tensor, quick: bool, meter: Meter) -> dict[str, Row]:
+    """The whole FFN in fp8 and in bf16, dense and in 2:4, and the errors that fp8 and 2:4 make."""
+    in_fp8 = copy.deepcopy(ffn)
+    quantize_(in_fp8, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    variants: dict[str, dict[str, Any]] = {"dense": {}, "2:4": {"backend": "ao_act24"}, **({} if quick else TUNED)}
+    torch._dynamo.reset()
+    runs: Runs = {
+        f"FFN {name}{suffix}": functools.partial(torch.compile(model, fullgraph=True, dynamic=False, **how), x)
+        for model, suffix in ((in_fp8, " fp8"), (ffn, ""))
+        for name, how in variants.items()
+    }
+    timed = in_turn(runs, 1.0, 3, meter)
+    (layer,) = ao_act24.measure(ffn, x[:8192], config=ao_act24.Act24Config(dtype="fp8")).layers
+    errors = {name: getattr(layer, name) for name in ("error", "fp8_error", "fp8_error_in_24")}
+    timed["FFN 2:4 fp8"] |= errors
+    return timed
 
 
 def by_rows(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,8 @@ REQUIRED: dict[str, dict[Shape, float]] = {
     "FFN backward over torch.compile, sparse gradients of weights": dict.fromkeys(TRAINING_SHAPES, 1.12),
     "fp8 matmul over _scaled_mm": {(8192, 4096, 16384): 1.38, (32768, 4096, 16384): 1.36},
     "fp8 packing over a copy, bytes/s": dict.fromkeys(FFN_SHAPES, 0.85),
+    "fp8 FFN over torch.compile in fp8": dict.fromkeys(FFN_SHAPES[1:], 1.22),
+    "fp8 FFN over torch.compile in bf16": dict.fromkeys(FFN_SHAPES[1:], 2.0),
 }
 AIM = {
     "matmul over cuBLAS": 1.60,
@@ -42,6 +44,8 @@ AIM = {
     "FFN backward over torch.compile, sparse gradients of weights": 1.28,
     "fp8 matmul over _scaled_mm": 1.50,
     "fp8 packing over a copy, bytes/s": 0.92,
+    "fp8 FFN over torch.compile in fp8": 1.38,
+    "fp8 FFN over torch.compile in bf16": 2.3,
 }
 MOST_TOKENS = 2048  # up to which few tokens must not be slower than dense
 LEAST_FEW, MOST_HOST_US = 0.98, 15.0
@@ -125,6 +129,13 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
         for baseline in ("_scaled_mm", "cuSPARSELt"):
             add_ratio(f"fp8 matmul over {baseline}", shape, ratio(timed, baseline))
         add_ratio("fp8 packing over a copy, bytes/s", shape, timed["pack"]["TB/s"] / timed["copy"]["TB/s"])
+        if (ours := timed.get("FFN 2:4 fp8")) is None:
+            continue
+        for suffix, dtype in ((" fp8", "fp8"), ("", "bf16")):
+            dense = best(timed, "FFN dense", suffix)["what"]
+            add_ratio(f"fp8 FFN over torch.compile in {dtype}", shape, ratio(timed, dense, "FFN 2:4 fp8"))
+        add_ratio("fp8 FFN over 2:4 in bf16", shape, ratio(timed, "FFN 2:4", "FFN 2:4 fp8"))
+        add("error that 2:4 adds, of what fp8 adds by itself", shape, ours["error"] / ours["fp8_error"], 1.0, False)
     for dtype, how in itertools.product(("bfloat16", "float16"), ("", " graph")):
         few = [
             (ratio(timed, best(timed, how=how)["what"], f"chosen{how}"), at)

@@ -56,6 +56,11 @@ def made_up():
     for row, speed in zip(fp8[-2:], (3.6, 4.0)):
         row["TB/s"] = speed
     fp8[0]["what"] = "_scaled_mm"
+    names = dict(dense=1.5, dense_tuned=1.6, x24=1.0), dict(dense=3.0, dense_tuned=2.5, x24=2.0)
+    for times, suffix in zip(names, (" fp8", "")):
+        for row in timed(FFN_SHAPES[1], **times):
+            fp8.append(row | {"what": f"FFN {row['what']}{suffix}"})
+    next(row for row in fp8 if row["what"] == "FFN 2:4 fp8").update(error=0.01, fp8_error=0.04)
     parts = {"kernels": kernels, "ffn": ffns, "tokens": tokens, "training": training, "fp8": fp8}
     return {part: {"record": {"gpu": "made up"}, "rows": rows} for part, rows in parts.items()}
 
@@ -64,10 +69,14 @@ def test_summary(made_up, capsys):
     figures = summary(made_up)
     reached = {(row["figure"], row["at"]): (row["reached"], row["required"], row["met"]) for row in figures}
     middle = "8192 × 4096 × 16384"
-    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4 + 3
+    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4 + 3 + 4
     assert reached["fp8 matmul over _scaled_mm", middle] == (1.5, 1.38, True)
     assert reached["fp8 matmul over cuSPARSELt", middle] == (pytest.approx(1.1), None, None)
     assert reached["fp8 packing over a copy, bytes/s", middle] == (pytest.approx(0.9), 0.85, True)
+    assert reached["fp8 FFN over torch.compile in fp8", middle] == (pytest.approx(1.5), 1.22, True)
+    assert reached["fp8 FFN over torch.compile in bf16", middle] == (pytest.approx(2.5), 2.0, True)
+    assert reached["fp8 FFN over 2:4 in bf16", middle] == (pytest.approx(2.0), None, None)
+    assert reached["error that 2:4 adds, of what fp8 adds by itself", middle] == (0.25, 1.0, True)
     both = "FFN forward and backward over torch.compile"
     assert reached[f"{both}, exact gradients of weights", middle] == (pytest.approx(5 / 4.5), None, None)
     assert reached[f"{both}, sparse gradients of weights", middle] == (pytest.approx(5 / 4), 1.12, True)
