@@ -21,6 +21,11 @@ def to_fp8(weight: Tensor) -> Float8Tensor:
     return Float8Tensor.from_hp(weight, granularity=PerRow(), **_how())
 
 
+def rows_to_fp8(x: Tensor) -> Float8Tensor:
+    """An activation ``[..., D]`` as torchao has it where it multiplies by such weights."""
+    return Float8Tensor.from_hp(x, granularity=PerRow())
+
+
 def from_parts(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Float8Tensor:
     """``qdata [D, H]`` in e4m3 and ``scale [D]``; what multiplies by it gives ``dtype``."""
     return Float8Tensor(qdata, scale.unsqueeze(-1), block_size=[1, qdata.shape[1]], dtype=dtype, **_how())

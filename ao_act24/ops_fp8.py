@@ -1,12 +1,15 @@
 """The fp8 operators ``torch.ops.ao_act24.*``, for inference: a scale for each token and each output, computed here.
 
     relu2_sparsify_fp8(h)           -> packed, metadata, row_scale   relu(h)**2, two of every four kept, by rows in e4m3
+    linear_relu2_sparsify_fp8(x, x_scale, weight, weight_scale, bias, dtype)   -> packed, metadata, row_scale
+                                    the same of h = x_scale * (x @ weight.T) * weight_scale + bias, in dtype
     sparse_mm_fp8(packed, metadata, row_scale, weight, weight_scale, bias, dtype)   -> out
                                     row_scale * (unpack(packed, metadata) @ weight.T) * weight_scale + bias, in dtype
 
 ``h`` is ``[..., H]``, bfloat16 or float16, H divisible by 4; ``packed [..., H / 2]`` and ``weight [D, H]`` are e4m3,
 ``row_scale [...]`` and ``weight_scale [D]`` fp32, ``bias [D]`` and ``out [..., D]`` of ``dtype``, bfloat16 or float16.
-``metadata`` is as in ``ops``. What is rounded where, ``kernels.reference`` says. Neither has a gradient.
+``x`` is ``[..., D]``, and the weight that it is multiplied by ``[H, D]``. ``metadata`` is as in ``ops``. What is
+rounded where, ``kernels.reference`` says. None has a gradient.
 """
 
 from typing import Any
@@ -33,9 +36,9 @@ def _check_scale(name: str, scale: Tensor, shape: torch.Size) -> None:
     torch._check_value(scale.shape == shape, lambda: f"{name} must have shape {tuple(shape)}, got {tuple(scale.shape)}")
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def _check_device(name: str, tensor: Tensor, device: torch.device, other: str = "packed") -> None:
     torch._check_value(
-        tensor.device == device, lambda: f"{name} must be on the device of packed, {device}, got {tensor.device}"
+        tensor.device == device, lambda: f"{name} must be on the device of {other}, {device}, got {tensor.device}"
     )
 
 
@@ -68,6 +71,46 @@ def _check_sparse_mm(
     _check_device("weight", weight, packed.device)
     _check_device("row_scale", row_scale, packed.device)
     _check_device("weight_scale", weight_scale, packed.device)
+
+
+def _check_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> None:
+    _check_e4m3("x", x)
+    _check_e4m3("weight", weight)
+    torch._check_value(
+        x.dim() >= 1 and weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.shape[0] % 4 == 0,
+        lambda: (
+            f"weight must be [H, D] with H divisible by 4 and D as in x, of shape {tuple(x.shape)}, "
+            f"got shape {tuple(weight.shape)}"
+        ),
+    )
+    _check_scale("x_scale", x_scale, x.shape[:-1])
+    _check_scale("weight_scale", weight_scale, weight.shape[:1])
+    _check_sixteen("dtype", dtype)
+    ops._check_bias(bias, weight, "h", x.new_empty(0, dtype=dtype))
+    for name, tensor in (("weight", weight), ("x_scale", x_scale), ("weight_scale", weight_scale)):
+        _check_device(name, tensor, x.device, "x")
+
+
+def _plain_linear(x, x_scale, weight, weight_scale, bias, dtype):  # type: ignore[no-untyped-def]
+    return (
+        x.dtype == weight.dtype == reference.E4M3
+        and weight.dim() == 2
+        and x.dim() > 0
+        and weight.shape[1] == x.shape[-1]
+        and weight.shape[0] % 4 == 0
+        and x_scale.dtype == weight_scale.dtype == torch.float32
+        and x_scale.shape == x.shape[:-1]
+        and weight_scale.shape == weight.shape[:1]
+        and x.device == weight.device == x_scale.device == weight_scale.device
+        and dtype in plans.ELEMENTS
+        and (bias is None or (bias.shape == weight_scale.shape and bias.dtype == dtype and bias.device == x.device))
+    )
+
+
+def _fake_linear(x, x_scale, weight, weight_scale, bias, dtype):  # type: ignore[no-untyped-def]
+    return _fake_pack(x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype))
 
 
 def _plain(packed, metadata, row_scale, weight, weight_scale, bias, dtype):  # type: ignore[no-untyped-def]
@@ -103,6 +146,14 @@ ops._define(
     (cuda.relu2_sparsify_fp8, lambda h: h.dtype in plans.ELEMENTS and h.dim() > 0 and h.shape[-1] % 4 == 0),
 )
 ops._define(
+    "linear_relu2_sparsify_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    "ScalarType dtype) -> (Tensor packed, Tensor metadata, Tensor row_scale)",
+    _check_linear,
+    reference.linear_relu2_sparsify_fp8,
+    _fake_linear,
+    (cuda.linear_relu2_sparsify_fp8, _plain_linear),
+)
+ops._define(
     "sparse_mm_fp8(Tensor packed, Tensor metadata, Tensor row_scale, Tensor weight, Tensor weight_scale, "
     "Tensor? bias, ScalarType dtype) -> Tensor",
     _check_sparse_mm,
@@ -118,8 +169,9 @@ def _no_gradient(ctx: Any, *_: Any) -> None:
     raise NotImplementedError("the fp8 operators have no gradient: fp8 is for inference, under torch.no_grad()")
 
 
-for _name in ("relu2_sparsify_fp8", "sparse_mm_fp8"):
+for _name in ("relu2_sparsify_fp8", "linear_relu2_sparsify_fp8", "sparse_mm_fp8"):
     torch.library.register_autograd(f"ao_act24::{_name}", _no_gradient)
 
 relu2_sparsify_fp8 = torch.ops.ao_act24.relu2_sparsify_fp8
+linear_relu2_sparsify_fp8 = torch.ops.ao_act24.linear_relu2_sparsify_fp8
 sparse_mm_fp8 = torch.ops.ao_act24.sparse_mm_fp8

@@ -271,6 +271,13 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         scales = {"scale_a": dense_scale[:, None], "scale_b": w_scale[None], "bias": b}
         scales |= {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         matmuls: Runs = {"_scaled_mm": functools.partial(torch._scaled_mm, dense, w.t(), **scales), "2:4": ours}
+        up, up_scale = by_rows(ffn.up.weight)
+        x8, x_scale = by_rows(x)
+        first = {"scale_a": x_scale[:, None], "scale_b": up_scale[None], "bias": ffn.up.bias}
+        first |= {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        matmuls["first matmul, _scaled_mm"] = functools.partial(torch._scaled_mm, x8, up.t(), **first)
+        operands = x8, x_scale, up, up_scale, ffn.up.bias, torch.bfloat16
+        matmuls["first matmul, packing"] = functools.partial(cuda.linear_relu2_sparsify_fp8, *operands)
         theirs: Runs = {}
         if torch.backends.cusparselt.is_available():
             found = cusparselt(pruned.to(w.dtype), w, torch.bfloat16)
@@ -286,7 +293,7 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         for name, size in sizes.items():
             timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
         yield placed(with_the_faster(timed, theirs), shape, 90)
-        del dense, matmuls, in_graphs, packing, ours, packed, metadata, h, other
+        del dense, matmuls, in_graphs, packing, ours, packed, metadata, h, other, operands, x8, first
         yield placed(fp8_ffn(ffn, x, quick, meter), shape, 90)
 
 

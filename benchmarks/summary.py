@@ -128,6 +128,8 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     for shape, timed in rows(result, "fp8").items():
         for baseline in ("_scaled_mm", "cuSPARSELt"):
             add_ratio(f"fp8 matmul over {baseline}", shape, ratio(timed, baseline))
+        first = ratio(timed, "first matmul, _scaled_mm", "first matmul, packing")
+        add_ratio("first fp8 matmul over _scaled_mm without packing", shape, first)
         add_ratio("fp8 packing over a copy, bytes/s", shape, timed["pack"]["TB/s"] / timed["copy"]["TB/s"])
         if (ours := timed.get("FFN 2:4 fp8")) is None:
             continue

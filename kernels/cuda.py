@@ -134,6 +134,39 @@ def relu2_sparsify_fp8(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return packed, metadata, row_scale
 
 
+def linear_relu2_sparsify_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.linear_relu2_sparsify_fp8``, for a ``dtype`` of 16 bits, accumulated as ``sparse_mm_fp8`` does it.
+
+    Two kernels: ``h`` never goes to memory but two of every four of ``relu(h)``, which the second makes e4m3 when the
+    largest of whole rows is known. They take D divisible by 16 and H by 64; else this multiplies in fp32.
+    """
+    index = x.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return linear_relu2_sparsify_fp8(x, x_scale, weight, weight_scale, bias, dtype)
+    plan = PLANS.linear_relu2_sparsify_fp8(x.shape, weight.shape, dtype, index)
+    if plan is None:
+        return reference.linear_relu2_sparsify_fp8(x, x_scale, weight, weight_scale, bias, dtype)
+    kept, metadata, parts = (_empty(*shape) for shape in plan.matmul.outputs)
+    packed, row_scale = (_empty(*shape) for shape in plan.squares.outputs)
+    x_scale, weight_scale = _aligned(x_scale), _aligned(weight_scale)
+    bias = None if bias is None else _aligned(bias)
+    plan.matmul.run(
+        _aligned(x),
+        _aligned(weight),
+        0 if bias is None else bias.data_ptr(),
+        kept.data_ptr(),
+        metadata.data_ptr(),
+        x_scale.data_ptr(),
+        weight_scale.data_ptr(),
+        parts.data_ptr(),
+    )
+    plan.squares.launch(kept.data_ptr(), parts.data_ptr(), packed.data_ptr(), row_scale.data_ptr())
+    return packed, metadata, row_scale
+
+
 def sparse_mm_fp8(
     packed: Tensor,
     metadata: Tensor,

@@ -39,13 +39,14 @@ DEFINES = {
     "feature_wise_mm_in_order_transposed": {**_WISE, "TRANSPOSED": 1},
     "sparse_mm_fp8": _SPARSE,  # two neighbouring e4m3 as one element of 16 bits
     "linear_relu2_sparsify": _DENSE,  # RUN 64: sixteen columns a thread, as many as it has metadata of
+    "linear_relu2_sparsify_fp8": _DENSE,
     "grad_hidden": {**_DENSE, "B_MN": 1},
 }
 
 
 def source(name: str) -> str:
     """The kernel's file, and its name in it."""
-    return name if name in ("linear_relu2_sparsify", "grad_hidden", "sparse_mm_fp8") else "sparse_mm"
+    return "sparse_mm" if name.startswith(("sparse_mm_mn", "feature_wise_mm")) else name
 
 
 Empty = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor to allocate
@@ -205,6 +206,34 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
     return _matmul(name, x.numel() // model_dim, hidden_dim, model_dim, dtype, index, outputs)
 
 
+@dataclass(frozen=True)
+class _Fp8:
+    matmul: _Matmul
+    squares: _Simple
+
+
+def _linear_relu2_sparsify_fp8(x: torch.Size, weight: torch.Size, dtype: torch.dtype, index: int) -> _Fp8 | None:
+    hidden_dim, model_dim = weight
+    if x.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 16:
+        return None
+    packed, tokens = (*x[:-1], hidden_dim // 2), x.numel() // model_dim
+    tiles = -(-hidden_dim // TILE_COLUMNS)
+    outputs = (
+        contiguous(packed, dtype),  # of relu(h)
+        contiguous(layout.metadata_shape((*x[:-1], hidden_dim)), torch.uint8),
+        contiguous((tokens, tiles), torch.int16),  # the largest of a row in a tile
+    )
+    # maps, bias, kept, metadata, x_scale, weight_scale, parts, shape
+    name = "linear_relu2_sparsify_fp8"
+    matmul = _matmul(name, tokens, hidden_dim, model_dim // 2, dtype, index, outputs)
+    kernel = _simple_kernel("square_to_fp8", "square_to_fp8", dtype, index)
+    threads = min(512, -(-hidden_dim // 1024) * 32)
+    # kept, parts, packed, row_scale, width, tiles
+    arguments = (*[POINTER] * 4, ctypes.c_int64(hidden_dim // 2), ctypes.c_int64(tiles))
+    results = contiguous(packed, torch.float8_e4m3fn), contiguous(x[:-1], torch.float32)
+    return _Fp8(matmul, _Simple(results, Launch(index, kernel, (tokens, 1), threads, 0, arguments)))
+
+
 def _grad_hidden(grad: torch.Size, down: torch.Size, dtype: torch.dtype, index: int) -> _Matmul | None:
     model_dim, hidden_dim = down
     if grad.numel() == 0 or hidden_dim == 0 or hidden_dim % 64 or model_dim % 8:
@@ -231,6 +260,7 @@ class Plans(threading.local):
         cached = functools.lru_cache(maxsize=1024)
         self.packing, self.sparse_mm = cached(_packing), cached(_sparse_mm)
         self.packing_fp8, self.sparse_mm_fp8 = cached(_packing_fp8), cached(_sparse_mm_fp8)
+        self.linear_relu2_sparsify_fp8 = cached(_linear_relu2_sparsify_fp8)
         self.linear_relu2_sparsify, self.grad_hidden = cached(_linear_relu2_sparsify), cached(_grad_hidden)
         self.feature_wise, self.feature_wise_mm = cached(_feature_wise), cached(_feature_wise_mm)
         self.densest, self.unpack, self.columns = cached(_densest), cached(_unpack), cached(_columns)
@@ -277,7 +307,7 @@ def _matmul(
         b_size = depth, 2, 4, run // 8, columns // run
         b_strides = 2 * depth, 2 * depth * (run // 4), 4 * depth, 2 * depth * run
         b_map = TensorMap(dtype, b_size, b_strides, (K, 2, 4, run // 8, per_block // run))
-    pointers = 5 if a_columns < K else 3
+    pointers = 6 if name == "linear_relu2_sparsify_fp8" else 5 if a_columns < K else 3
     arguments = (*(each.words for each in (*a_maps, b_map)), *[POINTER] * pointers, shape)
     ready = Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
     return _Matmul(outputs, a_maps, b_map, ready)

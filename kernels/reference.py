@@ -70,6 +70,17 @@ def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None)
     return relu2_sparsify(h.to(x.dtype))
 
 
+def linear_relu2_sparsify_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``relu2_sparsify_fp8`` of ``x_scale * (x @ weight.T) * weight_scale + bias``, rounded once to ``dtype``.
+
+    ``x [..., D]`` and ``weight [H, D]`` are e4m3, ``x_scale [...]`` and ``weight_scale [H]`` fp32.
+    """
+    h = x.float() @ weight.float().t() * x_scale.unsqueeze(-1) * weight_scale
+    return relu2_sparsify_fp8((h if bias is None else h + bias.float()).to(dtype))
+
+
 def sparsify(dense: Tensor) -> tuple[Tensor, Tensor]:
     """Of every four neighbours the two of largest magnitude, values unchanged. Returns ``packed, metadata``."""
     index = two_largest(dense)

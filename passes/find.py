@@ -11,6 +11,7 @@ the reason in words, so that a report can say why a block stayed dense.
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -101,9 +102,12 @@ def _already_rewritten(node: Node) -> Site | None:
     if not isinstance(sparsify, Node):
         return None
     weight, bias = (argument(node, i, "") for i in ((3, 5) if in_fp8 else (2, 3)))
-    if weight.target is getattr:  # of torchao's tensor
-        weight = weight.args[0]
-    down = Linear(node, sparsify, weight, bias, False)
+    down = Linear(node, sparsify, _tensor_of(weight), bias, False)
+    if is_our_op(sparsify, "linear_relu2_sparsify_fp8"):
+        data, weight, bias = (argument(sparsify, i, "") for i in (0, 2, 4))
+        x = _tensor_of(data)
+        x = x if x is data else x.args[0]  # made by torchao
+        return Site("relu²", node, down=down, up=Linear(sparsify, x, _tensor_of(weight), bias, False), rewritten=True)
     if is_our_op(sparsify, "linear_relu2_sparsify"):
         x, weight, bias = (argument(sparsify, i, name) for i, name in enumerate(("x", "weight", "bias")))
         return Site("relu²", node, down=down, up=Linear(sparsify, x, weight, bias, False), rewritten=True)
@@ -115,6 +119,11 @@ def _already_rewritten(node: Node) -> Site | None:
     return Site(
         "relu²", node, down=down, up=source if isinstance(source, Linear) else None, relu2=relu2, rewritten=True
     )
+
+
+def _tensor_of(data: Node) -> Any:
+    """torchao's tensor that ``data`` was read from; itself where Dynamo read it."""
+    return data.args[0] if data.target is getattr else data
 
 
 def _relu2_site(down: Linear) -> Site | None:

@@ -15,6 +15,10 @@ In training: the gradient by the hidden activation stays packed, from one matmul
 
     out, _, _        = ao_act24.relu2_ffn(x, W1, b1, W2, b2, weight_grads == "sparse", where that pays)
 
+In fp8, data and scales being read from torchao's tensors, which it makes of ``x``, too ::
+
+    packed, metadata, row_scale = ao_act24.linear_relu2_sparsify_fp8(x_data, x_scale, W1_data, W1_scale, b1, dtype)
+
 Only where nobody else needs what is between. ``why_apart`` says so of a site before it is rewritten: in training the
 separate operators are slower than dense on a GPU.
 """
@@ -28,9 +32,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ao_act24 import ops
+from ao_act24 import ops, ops_fp8
 from ao_act24.config import Act24Config
 from ao_act24.fingerprint import source_digest
+from ao_act24.fp8 import is_fp8, rows_to_fp8, why_not_by_rows
 from ao_act24.when import why_exact_grads, why_not_fused
 
 from .find import Site
@@ -67,6 +72,34 @@ def fuse(graph: Graph, config: Act24Config) -> None:
             node.replace_all_uses_with(fused)
             graph.erase_node(node)
             graph.erase_node(up.node)
+    for node in [node for node in graph.nodes if is_our_op(node, "relu2_sparsify_fp8")]:
+        up = as_linear(argument(node, 0, "h"))
+        if up is None or set(up.node.users) != {node} or up.transposed or not is_fp8(value(up.weight)):
+            continue
+        if not why_not_by_rows(value(up.weight)) and _has_fp8_kernel(up):
+            _fuse_in_fp8(node, up)
+
+
+def _fuse_in_fp8(three: Node, up: Linear) -> None:
+    """As above. Not where the packing stood, either."""
+    emit = Emitter(up.node)
+    parts = []
+    for tensor in (emit.call(rows_to_fp8, up.input), up.weight):
+        scale = emit.call(getattr, tensor, "scale")
+        parts += [emit.call(getattr, tensor, "qdata"), emit.method("squeeze", scale, -1)]
+    fused = emit.call(ops_fp8.linear_relu2_sparsify_fp8.default, *parts, up.bias, value(up.node).dtype)
+    three.replace_all_uses_with(fused)
+    three.graph.erase_node(three)
+    three.graph.erase_node(up.node)
+
+
+def _has_fp8_kernel(up: Linear) -> bool:
+    x, h, bias = value(up.input), value(up.node), value(up.bias)
+    if x is None or h is None or not _alike(up.node, up.input) or x.dtype != h.dtype:
+        return False
+    if up.bias is not None and not (_alike(up.node, up.bias) and bias.dtype == h.dtype and bias.ndim == 1):
+        return False
+    return not x.shape[-1] % 16 and not why_not_fused(h.device, h.dtype, x.shape[-1], h.shape[-1])
 
 
 def _fuse_for_training(pair: Node, up: Linear, config: Act24Config) -> None:

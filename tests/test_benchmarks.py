@@ -56,6 +56,8 @@ def made_up():
     for row, speed in zip(fp8[-2:], (3.6, 4.0)):
         row["TB/s"] = speed
     fp8[0]["what"] = "_scaled_mm"
+    fp8 += timed(FFN_SHAPES[1], **{"first matmul, _scaled_mm": 0.75, "first matmul, packing": 0.8})
+    fp8[-2]["what"] = "first matmul, _scaled_mm"
     names = dict(dense=1.5, dense_tuned=1.6, x24=1.0), dict(dense=3.0, dense_tuned=2.5, x24=2.0)
     for times, suffix in zip(names, (" fp8", "")):
         for row in timed(FFN_SHAPES[1], **times):
@@ -69,10 +71,11 @@ def test_summary(made_up, capsys):
     figures = summary(made_up)
     reached = {(row["figure"], row["at"]): (row["reached"], row["required"], row["met"]) for row in figures}
     middle = "8192 × 4096 × 16384"
-    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4 + 3 + 4
+    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4 + 3 + 5
     assert reached["fp8 matmul over _scaled_mm", middle] == (1.5, 1.38, True)
     assert reached["fp8 matmul over cuSPARSELt", middle] == (pytest.approx(1.1), None, None)
     assert reached["fp8 packing over a copy, bytes/s", middle] == (pytest.approx(0.9), 0.85, True)
+    assert reached["first fp8 matmul over _scaled_mm without packing", middle][0] == pytest.approx(0.75 / 0.8)
     assert reached["fp8 FFN over torch.compile in fp8", middle] == (pytest.approx(1.5), 1.22, True)
     assert reached["fp8 FFN over torch.compile in bf16", middle] == (pytest.approx(2.5), 2.0, True)
     assert reached["fp8 FFN over 2:4 in bf16", middle] == (pytest.approx(2.0), None, None)
@@ -282,7 +285,7 @@ def test_the_sanitizers_see_every_kernel():
         assert {(shape.whole > 0, shape.lower_height) for shape, _ in shapes} == set(itertools.product((0, 1), (1, 2)))
     source = "".join(path.read_text() for path in compile.CSRC.glob("*.cu"))
     entries = re.findall(r"^MATMUL (\w+)|__launch_bounds__\([^)]*\)\s+(\w+)\(", source, re.MULTILINE)
-    assert {matmul or other for matmul, other in entries} == set(sanitize.KERNELS) and len(entries) == 13
+    assert {matmul or other for matmul, other in entries} == set(sanitize.KERNELS) and len(entries) == 15
 
 
 def test_the_planted_race(tmp_path):

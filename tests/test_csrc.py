@@ -78,13 +78,22 @@ def test_packing_to_fp8(dtype, each, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)
+def test_squaring_to_fp8(dtype, tmp_path):
+    sass = instructions(compile.cubin("square_to_fp8", {"ELEMENT": plans.ELEMENTS[dtype]}), tmp_path)
+    check_local_memory(sass)
+    assert any("LDG.E.EF.128" in line for line in sass) and any("STG.E.128" in line for line in sass)
+    assert any("F2FP.SATFINITE.E4M3" in line for line in sass)
+
+
+@pytest.mark.parametrize("dtype", plans.ELEMENTS)
 @pytest.mark.parametrize("name", plans.DEFINES)
 def test_matmuls(name, dtype, tmp_path):
     sparse = plans.DEFINES[name]["A_COLUMNS"] == 32
     # four stages of two steps, unrolled, or two; a stage of four steps
     product, count = ("HGMMA.SP.64x256x32.F32", 8) if sparse else ("HGMMA.64x256x16.F32", 4)
-    if name == "sparse_mm_fp8":
-        product, count = "QGMMA.SP.64x256x64.F32", 4
+    if name.endswith("_fp8"):
+        product = "QGMMA.SP.64x256x64.F32" if sparse else "QGMMA.64x256x32.F32"
+        count = 4
     sass = instructions(matmul(name, dtype), tmp_path)
     check_local_memory(sass)
     element = ".E4M3.E4M3" if product.startswith("Q") else {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
@@ -96,12 +105,16 @@ def test_matmuls(name, dtype, tmp_path):
     assert not [line for line in sass[products[0] : products[-1]] if re.search("CCTL|MEMBAR|ERRBAR", line)]
 
 
+FP8_WORDS = {"sparse_mm_fp8": (4, 8), "linear_relu2_sparsify_fp8": (2,)}
+
+
 @pytest.mark.parametrize("name", plans.DEFINES)
 def test_what_threads_exchange(name, tmp_path):
     """Nothing, where the order in which B is brought in leaves each thread what it stores; else each word once (ptxas
-    writes it twice where it does not know that a warp is together). For fp8, four words of metadata."""
+    writes it twice where it does not know that a warp is together). For fp8, four words of metadata, or a row's
+    largest."""
     sass = instructions(matmul(name, torch.bfloat16), tmp_path)
-    words = (4, 8) if name == "sparse_mm_fp8" else (64, 128) if plans.DEFINES[name]["B_MN"] else (0,)
+    words = (64, 128) if plans.DEFINES[name]["B_MN"] else FP8_WORDS.get(name, (0,))
     assert sum("SHFL" in line for line in sass) in words
     assert sum("MOVM" in line for line in sass) == (64 if "transposed" in name else 0)
     majors = tuple(bool(plans.DEFINES[name][operand]) for operand in ("A_MN", "B_MN"))

@@ -8,7 +8,10 @@ import threading
 import pytest
 import torch
 from hopper_kernels import DTYPES, ROWS, made_of, needs_hopper, poison, random, untouched
+from mlp import MLP
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
+import ao_act24
 from ao_act24.kernels import cuda, layout, reference
 
 pytestmark = needs_hopper
@@ -146,6 +149,148 @@ def test_torchaos_kernel_gives_the_same(tokens, model_dim, hidden_dim):
     ).t()
     got = cuda.sparse_mm_fp8(packed, metadata, scale, weight, weight_scale, None, torch.bfloat16)
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
+
+
+def first_operands(tokens, model_dim, hidden_dim, dtype=torch.bfloat16, whole=False):
+    """Of the first matmul. ``whole``: small integers, and scales that keep all sums exact."""
+    if not whole:
+        return *quantised(tokens, model_dim), *quantised(hidden_dim, model_dim), random(hidden_dim, dtype=dtype), dtype
+    x, weight = (torch.randint(-2, 3, (n, model_dim), device="cuda").to(E4M3) for n in (tokens, hidden_dim))
+    x_scale, weight_scale = (2.0 ** torch.randint(-1, 2, (n,), device="cuda") for n in (tokens, hidden_dim))
+    return x, x_scale, weight, weight_scale, torch.randint(-9, 5, (hidden_dim,), device="cuda").to(dtype), dtype
+
+
+def check_first(*arguments):
+    got, want = (each.linear_relu2_sparsify_fp8(*arguments) for each in (cuda, reference))
+    assert [t.shape for t in got] == [t.shape for t in want] and [t.dtype for t in got] == [t.dtype for t in want]
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 127, 193, 1000, 8191])
+@pytest.mark.parametrize(
+    ("model_dim", "hidden_dim"),
+    [(16, 64), (48, 192), (192, 576), (1040, 320), (256, 4096), (512, 8256), (7, 64), (64, 68)],
+)
+def test_first_matmul_bit_by_bit(model_dim, hidden_dim, tokens, dtype):
+    *operands, bias, dtype = first_operands(tokens, model_dim, hidden_dim, dtype, whole=True)
+    check_first(*operands, bias, dtype)
+    check_first(*operands, None, dtype)
+
+
+@pytest.mark.parametrize(("tokens", "model_dim", "hidden_dim"), [(384, 64, 128), (1000, 1088, 2048), (8191, 4096, 512)])
+def test_first_matmul_is_no_worse_than_torchs(tokens, model_dim, hidden_dim):
+    x, x_scale, weight, weight_scale, bias, dtype = first_operands(tokens, model_dim, hidden_dim)
+    scales = {"scale_a": x_scale[:, None], "scale_b": weight_scale[None]}
+    theirs = torch._scaled_mm(x, weight.t(), bias=bias, out_dtype=dtype, use_fast_accum=True, **scales)
+    exact = x.double() @ weight.double().t() * x_scale.double()[:, None] * weight_scale.double() + bias
+
+    def error(packed, metadata, scale):
+        dense = reference.unpack(packed.float(), metadata).double() * scale.double()[:, None]
+        relu = exact.clamp_min(0)
+        kept = reference.unpack(reference.take(relu.square(), reference.two_largest(relu)), reference.sparsify(relu)[1])
+        return (dense - kept).norm() / kept.norm()
+
+    got = error(*cuda.linear_relu2_sparsify_fp8(x, x_scale, weight, weight_scale, bias, dtype))
+    assert got <= 1.02 * error(*cuda.relu2_sparsify_fp8(theirs)) and got < 0.05
+
+
+@pytest.mark.parametrize("clusters", [66, 2])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_first_matmul_in_tiles_of_any_height_in_turn(rows, clusters, monkeypatch):
+    tokens = made_of(rows, monkeypatch, clusters)
+    check_first(*first_operands(tokens, 320, 2176, whole=True))
+    check_first(*first_operands(tokens, 1088, 1088, whole=True))
+
+
+def test_first_matmul_of_extreme_values():
+    """A NaN or infinity in x reaches all of its row; in a bias, one entry of each row."""
+    x, x_scale, weight, weight_scale, bias, dtype = first_operands(300, 512, 1024)
+    x = x.float()
+    x[5, 7], bias[100] = float("nan"), -1e30
+    packed, _, scale = cuda.linear_relu2_sparsify_fp8(x.to(E4M3), x_scale, weight, weight_scale, bias, dtype)
+    assert packed[5].float().isnan().all() and scale[5].isnan()
+    rest = [row for row in range(300) if row != 5]
+    assert packed[rest].float().isfinite().all() and scale[rest].isfinite().all()
+    bias[100] = float("inf")
+    packed, _, scale = cuda.linear_relu2_sparsify_fp8(x.to(E4M3), x_scale, weight, weight_scale, bias, dtype)
+    want = reference.linear_relu2_sparsify_fp8(x.to(E4M3), x_scale, weight, weight_scale, bias, dtype)
+    torch.testing.assert_close(scale, want[2], equal_nan=True)
+    assert torch.equal(packed.float().isnan(), want[0].float().isnan())
+
+
+def test_first_matmul_of_more_results_than_32_bits_count():
+    x, x_scale, weight, weight_scale, bias, dtype = first_operands(1, 64, 1 << 15, whole=True)
+    rows = (1 << 16) + 16
+    got = cuda.linear_relu2_sparsify_fp8(
+        x.view(torch.uint8).expand(rows, -1).contiguous().view(E4M3),
+        x_scale.expand(rows),
+        weight,
+        weight_scale,
+        bias,
+        dtype,
+    )
+    want = reference.linear_relu2_sparsify_fp8(x, x_scale, weight, weight_scale, bias, dtype)
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8).expand(rows, -1))
+    assert torch.equal(got[2], want[2].expand(rows))
+
+
+def test_first_matmul_writes_all_outputs_and_nothing_else(monkeypatch):
+    arguments = first_operands(8190, 512, 2048, whole=True)
+    want = reference.linear_relu2_sparsify_fp8(*arguments)
+    guards = poison(monkeypatch)
+    poisoned = cuda._empty
+
+    def poisoned_fp8(shape, strides, dtype):
+        found = poisoned(shape, strides, torch.uint8 if dtype == E4M3 else dtype)
+        return found.view(dtype) if dtype == E4M3 else found
+
+    monkeypatch.setattr(cuda, "_empty", poisoned_fp8)
+    got = cuda.linear_relu2_sparsify_fp8(*arguments)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want))
+    assert len(guards) == 5 and untouched(guards)
+
+
+def test_first_matmul_the_same_bits_every_time_and_in_a_graph():
+    arguments = first_operands(1279, 1040, 2112)
+
+    def bits():
+        return [t.view(torch.uint8) for t in cuda.linear_relu2_sparsify_fp8(*arguments)]
+
+    want = bits()
+    assert all(all(map(torch.equal, bits(), want)) for _ in range(100))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = bits()
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    assert all(map(torch.equal, captured, want))
+
+
+@pytest.mark.filterwarnings("ignore:Float8Tensor does not implement")
+@pytest.mark.parametrize("converted", ["torchao", "sparsify_"])
+def test_a_model_runs_them(converted):
+    """Compiled from torchao's own conversion, and by ``sparsify_`` in two steps; close to what both do on a CPU."""
+    mlp = MLP(dim=1024, hidden=4096).cuda().bfloat16().eval()
+    torch.nn.init.constant_(mlp.up.bias, -0.5)
+    x = random(8192, 1024)
+    with torch.no_grad():
+        if converted == "torchao":
+            quantize_(mlp, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+            run = torch.compile(mlp, backend="ao_act24", fullgraph=True)
+        else:
+            assert len(ao_act24.sparsify_(mlp, ao_act24.Act24Config(dtype="fp8")).rewritten) == 1
+            run = mlp
+        got, dense = run(x), type(mlp).forward(mlp, x)
+        h, weight = mlp.up(x), mlp.down.weight
+        packed = reference.relu2_sparsify_fp8(h)
+        want = reference.sparse_mm_fp8(*packed, weight.qdata, weight.scale.flatten(), mlp.down.bias, x.dtype)
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    assert error < 0.02 < 0.05 < (got.double() - dense.double()).norm() / dense.double().norm()
+    if converted == "torchao":
+        code = torch._inductor.utils.run_and_get_code(torch.compile(mlp, backend="ao_act24"), x)[1][0]
+        assert "ao_act24_cuda.linear_relu2_sparsify_fp8" in code and "ao_act24_cuda.sparse_mm_fp8" in code
 
 
 def test_nan_and_infinity_stay_in_their_rows():

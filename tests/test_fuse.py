@@ -8,6 +8,7 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from ao_act24 import Act24Config
+from ao_act24.fp8 import to_fp8
 from ao_act24.passes import examine, fuse, rewrite_graph
 from ao_act24.passes.find import find_sites
 from ao_act24.passes.fuse import packs_itself, why_apart
@@ -108,6 +109,67 @@ def test_training_under_autocast():
     exact = [parameter.detach().double().requires_grad_() for parameter in (up.weight, up.bias, down.weight, down.bias)]
     loss = F.linear(relu2_24(F.linear(X.double(), *exact[:2])), *exact[2:]).square().sum()
     assert all(relative_error(g, w) < 0.05 for g, w in zip(got, torch.autograd.grad(loss, exact)))
+
+
+def in_fp8(weight):
+    return nn.Parameter(to_fp8(weight.bfloat16()), requires_grad=False)
+
+
+@pytest.mark.parametrize("bias", [None, B1.bfloat16()], ids=["no bias", "bias"])
+def test_fp8(bias):
+    up, down, x = in_fp8(W1), in_fp8(W2), X.bfloat16()
+    seen = []
+
+    def backend(gm, example_inputs):
+        for fused in (False, True):
+            if fused:
+                fuse(gm.graph, Act24Config())
+            else:
+                rewrite_graph(gm.graph, Act24Config())
+            gm.graph.lint()
+            gm.recompile()
+            ((site, verdict),) = examine(gm, Act24Config())
+            assert verdict.rewritten and verdict.hidden_dim == 64 and verdict.x == (2, 6, 16)
+            seen.append((is_our_op(site.up.node, "linear_relu2_sparsify_fp8"), gm.forward(*example_inputs)[0]))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(lambda x: F.linear(F.relu(F.linear(x, up, bias)).square(), down), backend=backend)(x)
+    (first, apart), (second, joined) = seen
+    assert (first, second) == (False, True) and relative_error(joined, apart) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias": B1},
+        {"up": W1.bfloat16()},
+        {"dim": 24},
+        {"again": True},
+    ],
+    ids=["a bias added in fp32", "a weight in bf16", "D not divisible by 16", "h is used elsewhere"],
+)
+def test_fp8_that_is_not_fused(change):
+    dim = change.get("dim", 16)
+    up, down = (in_fp8(torch.randn(*size)) for size in ((64, dim), (dim, 64)))
+    up, x, bias = change.get("up", up), torch.randn(6, dim).bfloat16(), change.get("bias")
+    names = []
+
+    def backend(gm, example_inputs):
+        rewrite_graph(gm.graph, Act24Config())
+        fuse(gm.graph, Act24Config())
+        names.extend(str(node.target) for node in gm.graph.nodes)
+        return gm.forward
+
+    def function(x):
+        h = F.linear(x, up)
+        h = h if bias is None else (h + bias).bfloat16()
+        out = F.linear(F.relu(h).square(), down)
+        return (out, h) if change.get("again") else out
+
+    with torch.no_grad():
+        torch.compile(function, backend=backend)(x)
+    assert not any("linear_relu2_sparsify_fp8" in name for name in names)
 
 
 def in_training(between):

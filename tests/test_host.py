@@ -19,6 +19,7 @@ MAIN = """
 namespace fp8 {
 #define EACH 2
 #include "relu2_sparsify_fp8.cu"
+#include "square_to_fp8.cu"
 }
 extern "C" {
 void run_pack(const u16* h, i64 stride, u16* packed, u32* metadata, i64 rows, i64 columns, bool any) {
@@ -30,6 +31,9 @@ void run_pack_fp8(const u16* h, i64 stride, u8* packed, u32* metadata, float* sc
   const i64 padded = (rows + 15) / 16 * 16;
   if (any) launch(fp8::relu2_sparsify_fp8_any, padded, 1, h, stride, packed, (u8*)metadata, scale, rows, columns);
   else launch(fp8::relu2_sparsify_fp8, padded / 2, 1, h, stride, packed, metadata, scale, rows, columns);
+}
+void run_square_to_fp8(const u16* kept, const u16* parts, u8* packed, float* scale, i64 rows, i64 width, i64 tiles) {
+  launch(fp8::square_to_fp8, rows, 1, kept, parts, packed, scale, width, tiles);
 }
 void run_feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* codes, void* totals, u16* left,
                       i64 quarter, i64 width, i64 stride, bool counted) {
@@ -63,6 +67,8 @@ def host(tmp_path_factory):
         "unpack.cu",
         "densest.cu",
         "relu2_sparsify_fp8.cu",
+        "square_to_fp8.cu",
+        "fp8.cuh",
         "keep.cuh",
         "layout.cuh",
     ):
@@ -121,6 +127,23 @@ def test_packing_to_fp8(tokens, hidden_dim, any_size, host):
     host("run_pack_fp8", h, h.stride(0), *got, tokens, hidden_dim, any_size)
     torch.testing.assert_close(got[2], scale, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(got[1], metadata)
+    values = got[0].view(torch.float8_e4m3fn).float(), packed.float()
+    torch.testing.assert_close(*values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("tokens", "hidden_dim"), [(1, 64), (33, 576), (6, 16384), (3, 32768)])
+def test_squaring_to_fp8(tokens, hidden_dim, host):
+    """Of what was kept of relu(h), and the largest of each tile: the same as packing h itself."""
+    h = hidden(tokens, hidden_dim)
+    h[1:2], h[2:3] = -1, 1e-9
+    h[3:4, 10] = float("nan")
+    relu = torch.where(h.isnan(), float("nan"), h.clamp_min(0))  # without a sign, as the first kernel leaves it
+    kept = reference.take(relu, reference.two_largest(relu))
+    parts = torch.nn.functional.pad(relu.view(torch.int16), (0, -hidden_dim % 256)).unflatten(1, (-1, 256)).amax(-1)
+    packed, _, scale = reference.relu2_sparsify_fp8(h)
+    got = poisoned(packed.view(torch.uint8)), poisoned(scale)
+    host("run_square_to_fp8", kept, parts.contiguous(), *got, tokens, hidden_dim // 2, parts.shape[1])
+    torch.testing.assert_close(got[1], scale, rtol=0, atol=0, equal_nan=True)
     values = got[0].view(torch.float8_e4m3fn).float(), packed.float()
     torch.testing.assert_close(*values, rtol=0, atol=0, equal_nan=True)
 

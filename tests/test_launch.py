@@ -22,7 +22,8 @@ KERNELS = {
 }
 KERNELS |= {"feature_wise_counts": 4, "feature_wise_sums": 4}
 KERNELS |= {"relu2_sparsify_fp8": 9, "relu2_sparsify_fp8_any": 10, "sparse_mm_fp8": 7}
-ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 9, 5: 5, 6: 7, 7: 9, 8: 5, 9: 7, 10: 7}  # how many each has
+KERNELS |= {"linear_relu2_sparsify_fp8": 11, "square_to_fp8": 12}
+ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 9, 5: 5, 6: 7, 7: 9, 8: 5, 9: 7, 10: 7, 11: 10, 12: 6}  # how many each has
 STREAM = 0x7FFF00000040
 SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
 BF16 = torch.bfloat16
@@ -32,7 +33,7 @@ class Driver:
     """Notes what is launched. A tensor map's first word is its pointer here."""
 
     def __init__(self):
-        self.launches, self.maps = 0, []
+        self.launches, self.maps, self.last = 0, [], []
 
     def __getattr__(self, name):
         return getattr(driver, name)
@@ -42,6 +43,7 @@ class Driver:
         self.launches, self.blocks, self.threads = self.launches + 1, x * y, threads
         self.arguments = (ctypes.c_void_p * ARGUMENTS[kernel]).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
+        self.before, self.last = self.last, self.words
         return SUCCESS
 
     def cuTensorMapEncodeTiled(self, dtype, rank, address, sizes, strides, box, *_):
@@ -114,6 +116,37 @@ def test_sparse_mm_fp8(hidden_dim, launched):
         assert sizes[0] * 2 == packed.shape[-1] and b_sizes[0] * 2 == weight.shape[-1]
         launched.maps.clear()
         cuda.PLANS.sparse_mm_fp8.cache_clear()
+
+
+@pytest.mark.parametrize("hidden_dim", [64, 576, 16384, 32768])
+def test_linear_relu2_sparsify_fp8(hidden_dim, launched):
+    """Two kernels: the second has the largest of each row and tile from the first, and as many threads as it needs."""
+    for bias in (torch.randn(hidden_dim).to(BF16), None):
+        x, weight = torch.randn(2, 250, 48).to(torch.float8_e4m3fn), torch.randn(hidden_dim, 48).to(torch.float8_e4m3fn)
+        x_scale, weight_scale = torch.ones(2, 250), torch.ones(hidden_dim)
+        packed, metadata, scale = cuda.linear_relu2_sparsify_fp8(x, x_scale, weight, weight_scale, bias, BF16)
+        assert (packed.shape, packed.dtype) == ((2, 250, hidden_dim // 2), torch.float8_e4m3fn)
+        assert metadata.shape == (512, -(-hidden_dim // 256) * 32) and (scale.shape, scale.dtype) == (
+            (2, 250),
+            torch.float32,
+        )
+        first, second = launched.before, launched.last
+        assert first[:4] == [*[x.data_ptr()] * 2, weight.data_ptr(), 0 if bias is None else bias.data_ptr()]
+        assert first[5:8] == [metadata.data_ptr(), x_scale.data_ptr(), weight_scale.data_ptr()]
+        assert second == [
+            first[4],
+            first[8],
+            packed.data_ptr(),
+            scale.data_ptr(),
+            hidden_dim // 2,
+            -(-hidden_dim // 256),
+        ]
+        assert (launched.blocks, launched.threads) == (500, min(512, -(-hidden_dim // 1024) * 32))
+        (sizes, strides, box), *_, (b_sizes, b_strides, b_box) = launched.maps[:3]
+        assert (sizes, strides[0], box) == ([24, 500, 1], 48, [64, 192, 1])
+        assert (b_sizes, b_strides[0], b_box[0]) == ([24, 2, 4, 8, hidden_dim // 64], 48, 64)
+        launched.maps.clear()
+        cuda.PLANS.linear_relu2_sparsify_fp8.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [384 * 66, 500])

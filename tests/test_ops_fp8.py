@@ -26,6 +26,55 @@ def test_opcheck(tokens, hidden_dim, dtype):
     torch.library.opcheck(torch.ops.ao_act24.sparse_mm_fp8.default, (*arguments[:5], None, dtype), **tests)
 
 
+def linear_operands(tokens=(3, 5), dim=12, hidden_dim=8, dtype=BF16):
+    x, weight = torch.randn(*tokens, dim).to(E4M3), torch.randn(hidden_dim, dim).to(E4M3)
+    return x, torch.rand(tokens), weight, torch.rand(hidden_dim), torch.randn(hidden_dim).to(dtype), dtype
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("tokens", [(3, 5), (4,), (), (0,)], ids=str)
+def test_opcheck_of_the_first_matmul(tokens, dtype):
+    tests = {"test_utils": ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")}
+    arguments = linear_operands(tokens, dtype=dtype)
+    op = torch.ops.ao_act24.linear_relu2_sparsify_fp8.default
+    torch.library.opcheck(op, arguments, **tests)
+    torch.library.opcheck(op, (*arguments[:4], None, dtype), **tests)
+
+
+def test_the_first_matmul_is_the_packing_of_its_result():
+    x, x_scale, weight, weight_scale, bias, dtype = linear_operands((7,), 32, 64)
+    h = x.double() @ weight.double().t() * x_scale.double().unsqueeze(-1) * weight_scale.double() + bias.double()
+    got = ops_fp8.linear_relu2_sparsify_fp8(x, x_scale, weight, weight_scale, bias, dtype)
+    want = ops_fp8.relu2_sparsify_fp8(h.to(dtype))
+    assert all(a.dtype == b.dtype and torch.equal(a.float(), b.float()) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    "position, value, error, message",
+    [
+        (0, torch.zeros(3, 5, 12), TypeError, "x must have dtype float8_e4m3fn, got torch.float32"),
+        (1, torch.ones(3, 5, 1), ValueError, "x_scale must have shape .3, 5., got .3, 5, 1."),
+        (2, torch.zeros(8, 12), TypeError, "weight must have dtype float8_e4m3fn, got torch.float32"),
+        (2, torch.zeros(8, 16).to(E4M3), ValueError, "weight must be .H, D. with H divisible by 4 and D as in x"),
+        (
+            2,
+            torch.zeros(6, 12).to(E4M3),
+            ValueError,
+            "weight must be .H, D. with H divisible by 4 .* got shape .6, 12.",
+        ),
+        (3, torch.ones(8).double(), TypeError, "weight_scale must have dtype float32, got torch.float64"),
+        (4, torch.ones(8), TypeError, "bias must have the dtype of h, torch.bfloat16, got torch.float32"),
+        (5, torch.float32, TypeError, "dtype must be bfloat16 or float16, got torch.float32"),
+        (1, torch.ones(3, 5, device="meta"), ValueError, "x_scale must be on the device of x, cpu, got meta"),
+    ],
+)
+def test_errors_of_the_first_matmul(position, value, error, message):
+    arguments = list(linear_operands())
+    arguments[position] = value
+    with pytest.raises(error, match=message):
+        ops_fp8.linear_relu2_sparsify_fp8(*arguments)
+
+
 NAMES = ("packed", "metadata", "row_scale", "weight", "weight_scale", "bias", "dtype")
 
 

@@ -1,14 +1,11 @@
 // packed, metadata, scale = the two largest of every four relu(h)^2, by rows scaled to e4m3: in one read of h. Bound by memory: 2
 // bytes read and 0.625 written an element.
 //
-// scale is a row's largest relu(h)^2 over 448, and at least FLOOR over 448: all else would be zeros over zero.
-//
 // Compile-time: ELEMENT ("bf16" or "f16"), EACH: how many times 16 columns a thread holds.
 
+#include "fp8.cuh"
 #include "keep.cuh"
 #include "layout.cuh"
-
-constexpr float FLOOR = 1e-12f, LARGEST = 448;
 
 // Of eight neighbours: four kept values, and two codes in a byte.
 struct Packed {
@@ -21,19 +18,12 @@ __device__ __forceinline__ Packed pack(u32 w0, u32 w1, u32 w2, u32 w3, float inv
   const u32 k2 = permute_bytes<0x5410>(w1, w3), k3 = permute_bytes<0x7632>(w1, w3);
   const Two two = two_of_four(k0, k1, k2, k3);
   const u32 first = two.first(k0, k1, k2), second = two.second(k1, k2, k3), codes = two.codes(0);
-  const auto scaled = [=](float value) { return value * value * inverse; };
-  const u32 low = pack_e4m3(scaled(low_float(first)), scaled(low_float(second)));
-  const u32 high = pack_e4m3(scaled(high_float(first)), scaled(high_float(second)));
+  const u32 low = scaled_squares(low_float(first), low_float(second), inverse);
+  const u32 high = scaled_squares(high_float(first), high_float(second), inverse);
   return {low | high << 16, (codes | codes >> 12) & 0xFF};
 }
 
 __device__ __forceinline__ u32 larger_half(u32 word) { return max(word & 0xFFFF, word >> 16); }
-
-// The scale of a row whose largest relu(h) is `largest`. A NaN stays one.
-__device__ __forceinline__ float scale_of(u32 largest) {
-  const float root = low_float(largest), most = root * root;
-  return (most < FLOOR ? FLOOR : most) / LARGEST;
-}
 
 // Rows of whole sixteens, 16 bytes aligned. A block packs rows g and g + 8 of a block of 16, a thread 16 columns of both, and
 // again every blockDim.x times 16 columns. What lies outside is zeros, whose code is the one to pad with.

@@ -87,7 +87,8 @@ __device__ __forceinline__ u64 b_descriptor(const Ring& ring) {
   return B_MN ? mn_major_descriptor<K * 128>(b) : k_major_descriptor<K * 2>(b);
 }
 
-// All of a tile's products where A is dense.
+// All of a tile's products where A is dense. E4M3: two of them for each element.
+template <bool E4M3 = false>
 __device__ __forceinline__ void multiply_dense(float (&d)[TILE_N / 2], Ring& ring, int stages) {
 #pragma unroll 1
   for (int i = 0; i < stages; ++i) {
@@ -95,7 +96,10 @@ __device__ __forceinline__ void multiply_dense(float (&d)[TILE_N / 2], Ring& rin
     ring.wait();
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) wgmma_dense<A_MN, B_MN>(d, a + step * A_STEP, b + step * B_STEP);
+    for (int step = 0; step < STEPS; ++step) {
+      if constexpr (E4M3) wgmma_dense_e4m3(d, a + step * A_STEP, b + step * B_STEP);
+      else wgmma_dense<A_MN, B_MN>(d, a + step * A_STEP, b + step * B_STEP);
+    }
     wgmma_commit();
     wgmma_wait<1>();
     if (i > 0) ring.release(ring.previous());
