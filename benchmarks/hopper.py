@@ -23,18 +23,18 @@ import contextlib
 import copy
 import functools
 import json
-import re
-import statistics
 import time
+import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import Meter, record
+from machine import Meter, record, save
 from summary import FFN_SHAPES, MATMUL_SHAPES, TRAINING_SHAPES, Row, Shape, named, shape_of, show, summary
+from timing import Runs, burst, captured, host_in_turn, in_graphs, in_turn, kernel_times, middle, repeated, row
 from torch import Tensor, nn
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -59,7 +59,6 @@ OUTSIDE_FP16 = [(1168, 4608, 18432), (1488, 2048, 8192)]  # all else is bf16
 TWO_STEPS = [(8192, 4096, 16384), (4096, 2048, 8192), (1600, 4096, 16384), (1152, 4096, 16384)]  # also not fused
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
 TUNED = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
-Runs = dict[str, Callable[[], object]]
 
 
 class FFN(nn.Module):
@@ -78,105 +77,22 @@ class FFN(nn.Module):
 
 
 def ffn_and_input(shape: Shape, zeros: int, dtype: torch.dtype = torch.bfloat16) -> tuple[FFN, Tensor]:
+    torch._dynamo.reset()  # what was compiled of others
     tokens, model_dim, hidden_dim = shape
     return FFN(model_dim, hidden_dim, zeros).to(dtype), torch.randn(tokens, model_dim, device="cuda").to(dtype)
 
 
-def in_turn(
-    runs: Runs, seconds: float, rounds: int, meter: Meter | None = None, each: int = 1, turns: int = 1
-) -> dict[str, Row]:
-    """Each of ``runs`` in bursts of about ``seconds``: ms a call; with ``meter`` the clock, watts and joules a call.
-
-    ``each``: the calls that one of them makes. ``turns``: bursts a round, whose median is the round's.
-    """
-    calls = {}
-    for name, run in runs.items():
-        burst(run, 3)
-        calls[name] = max(3, round(seconds * 1000 / burst(run, 5)))
-    names = list(runs)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    metered: dict[str, list[tuple[int | None, float | None]]] = {name: [] for name in runs}
-    for number in range(rounds):
-        took: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(number, number + turns):
-            first, back = turn % len(names), turn // len(names) % 2  # as often first as any other
-            for name in (names[first:] + names[:first])[:: -1 if back else 1]:
-                burst(runs[name], calls[name] // 3)
-                if meter is None:
-                    took[name].append(burst(runs[name], calls[name]))
-                    continue
-                with meter:
-                    took[name].append(burst(runs[name], calls[name]))
-                metered[name].append((meter.mhz(), meter.watts()))
-        for name in runs:
-            samples[name].append(statistics.median(took[name]))
-    return {name: row(name, "ms", [ms / each for ms in samples[name]], metered[name]) for name in runs}
-
-
-def burst(run: Callable[[], object], calls: int) -> float:
-    """Milliseconds a call."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / max(calls, 1)
-
-
-def host_in_turn(runs: Runs, calls: int = 100, rounds: int = 21) -> dict[str, Row]:
-    """Host time of a call, in µs: how long it takes to hand it to the GPU."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            burst(run, 10)
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            samples[name].append((time.perf_counter() - start) / calls * 1e6)
-    return {name: row(name, "µs", samples[name]) for name in runs}
-
-
-def row(what: str, unit: str, samples: list[float], metered: Sequence[tuple[int | None, float | None]] = ()) -> Row:
-    found: Row = {"what": what, "unit": unit, "median": statistics.median(samples)}
-    found |= {"min": min(samples), "max": max(samples), "samples": samples}
-    if metered:
-        joules = [watts * ms / 1000 for ms, (_, watts) in zip(samples, metered) if watts is not None]
-        found |= {"mhz": [mhz for mhz, _ in metered], "watts": [watts for _, watts in metered]}
-        found["joules"] = statistics.median(joules) if joules else None
-    return found
-
-
 def compiled(ffn: FFN, x: Tensor, **variants: dict[str, Any]) -> Runs:
-    """The FFN compiled in each way. Afresh: Dynamo bounds how often one ``forward`` is compiled."""
-    torch._dynamo.reset()
+    """The FFN compiled in each way, each with code of its own: Dynamo keeps in one list all that it made of one."""
     runs: Runs = {}
     for name, how in variants.items():
-        model = torch.compile(ffn, fullgraph=True, dynamic=False, **how)
+        alone = copy.copy(ffn)  # its parameters are the same
+        forward = types.FunctionType(FFN.forward.__code__.replace(), globals())
+        alone.__class__ = type("FFN", (FFN,), {"forward": forward})
+        model = torch.compile(alone, fullgraph=True, dynamic=False, **how)
         model(x)
         runs[name] = functools.partial(model, x)
     return runs
-
-
-def captured(run: Callable[[], object], calls: int, pool: Any = None) -> Callable[[], None]:
-    """``calls`` of it as one CUDA graph. Graphs of one ``pool`` have their results at the same addresses."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for _ in range(calls):
-            run()
-    return graph.replay
-
-
-def repeated(run: Callable[[], object], calls: int) -> tuple[Callable[[], object], bool]:
-    """``calls`` of it, and whether as one CUDA graph: where it can be captured."""
-    run()
-    try:
-        return captured(run, calls), True
-    except RuntimeError as error:
-        print(f"not captured: {error}")
-        torch.cuda.synchronize()
-        return lambda: [run() for _ in range(calls)], False
 
 
 def cusparselt(
@@ -302,12 +218,9 @@ def fp8_ffn(ffn: FFN, x: Tensor, quick: bool, meter: Meter) -> dict[str, Row]:
     in_fp8 = copy.deepcopy(ffn)
     quantize_(in_fp8, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     variants: dict[str, dict[str, Any]] = {"dense": {}, "2:4": {"backend": "ao_act24"}, **({} if quick else TUNED)}
-    torch._dynamo.reset()
-    runs: Runs = {
-        f"FFN {name}{suffix}": functools.partial(torch.compile(model, fullgraph=True, dynamic=False, **how), x)
-        for model, suffix in ((in_fp8, " fp8"), (ffn, ""))
-        for name, how in variants.items()
-    }
+    runs: Runs = {}
+    for model, suffix in ((in_fp8, " fp8"), (ffn, "")):
+        runs |= {f"FFN {name}{suffix}": run for name, run in compiled(model, x, **variants).items()}
     timed = in_turn(runs, 1.0, 3, meter)
     (layer,) = ao_act24.measure(ffn, x[:8192], config=ao_act24.Act24Config(dtype="fp8")).layers
     errors = {name: getattr(layer, name) for name in ("error", "fp8_error", "fp8_error_in_24")}
@@ -374,24 +287,12 @@ def step(forward: Callable[[], Any], leaves: list[Tensor], grad: Tensor) -> None
         leaf.grad = None
 
 
-def kernel_times(run: Callable[[], object], calls: int = 5) -> dict[str, float]:
-    """µs a call of each kernel, by torch's profiler: of a few calls, at a clock that long bursts do not keep."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for event in profile.key_averages():
-        name = re.sub(r"^void |<.*|\(.*", "", event.key).strip()
-        times[name] = times.get(name, 0.0) + event.device_time_total / calls
-    return {name: round(us, 1) for name, us in sorted(times.items(), key=lambda item: -item[1]) if us >= 1}
-
-
 def few_tokens(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The FFN by number of tokens: dense, what the rule chooses, and 2:4 always; each also in a CUDA graph.
 
-    Where launching binds, times drift twofold within milliseconds: there bursts are short, and many. Dense in its
-    default mode: ``rule`` has what autotuning gains.
+    Where launching binds, times drift twofold within milliseconds: there bursts are short, and many. And of two
+    functions compiled from one code one can be 3 % faster than the other all the time, in another process not: there
+    all is compiled three times. Dense in its default mode: ``rule`` has what autotuning gains.
     """
     for begins, *size in STARTS[:1] if quick else STARTS:
         for tokens in sorted({*(TOKENS[::2] if quick else TOKENS), begins}):
@@ -406,8 +307,11 @@ def few(shape: Shape) -> list[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ao_act24.Act24Warning)  # that all stays dense is what is measured
         runs = compiled(ffn, x, **variants)
-    launching = burst(runs["dense"], 10) < 0.3
-    timed = in_turn(runs, 0.0005, 41, turns=25) if launching else in_turn(runs, 0.005, 21)
+        launching = burst(runs["dense"], 10) < 0.3
+        each = [runs, *(compiled(ffn, x, **variants) for _ in range(2 * launching))]
+    several: Runs = {f"{name} {number}": made[name] for number, made in enumerate(each) for name in made}
+    took = in_turn(several, 0.0005, 41, turns=11) if launching else in_turn(several, 0.005, 21)
+    timed = {name: middle(name, [took[f"{name} {number}"] for number in range(len(each))]) for name in runs}
     calls, graphs = in_graphs(runs, timed["dense"]["median"])
     graphs = {f"{name} graph": graph for name, graph in graphs.items()}
     timed |= in_turn(graphs, 0.005, 41 if launching else 21, each=calls)
@@ -415,13 +319,6 @@ def few(shape: Shape) -> list[Row]:
         single = {f"host graph {name}": captured(run, 1) for name, run in runs.items()}
         timed |= host_in_turn({f"host {name}": run for name, run in runs.items()} | single)
     return placed(timed, shape, 90)
-
-
-def in_graphs(runs: Runs, ms: float) -> tuple[int, Runs]:
-    """How many calls, which take ``ms`` each, are a millisecond of them; and a CUDA graph of each, of so many."""
-    calls = max(1, min(10, round(1 / ms)))
-    pool = torch.cuda.graph_pool_handle()  # of their own, one was 4 % slower with the same kernels
-    return calls, {name: captured(run, calls, pool) for name, run in runs.items()}
 
 
 def rule(quick: bool, meter: Meter) -> Iterator[list[Row]]:
@@ -473,14 +370,6 @@ def line(found: Row) -> str:
     what = f"{found['what']} {found.get('dtype', '')}"
     where = f"{named(shape_of(found)):>22} {found['zeros']} %  {what:20}"
     return f"{where} {found['median']:9.4f} {found['unit']} ({found['min']:.4f}–{found['max']:.4f}) {joules}{speed}"
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """With each list of numbers on one line, six digits each."""
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[\s\d.,e+null-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
-    text = re.sub(r"(?<![\w.])\d+\.\d{5,}(e-?\d+)?", lambda number: f"{float(number[0]):.6g}", text)
-    path.write_text(text + "\n")
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hopper import Runs, captured, ffn_and_input, in_turn, save
-from machine import Meter, record
+from hopper import ffn_and_input
+from machine import Meter, record, save
+from timing import Runs, captured, in_turn
 
 from ao_act24.kernels import cuda
 

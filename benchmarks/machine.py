@@ -1,13 +1,16 @@
-"""What a result was measured on and by what, and how much power the GPU drew meanwhile."""
+"""What a result was measured on and by what, how much power the GPU drew meanwhile, and how a result is written."""
 
 import ctypes
 import itertools
+import json
+import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,3 +113,11 @@ def mean_watts(samples: list[Sample], least_s: float = 0.5) -> float | None:
 def _uuid() -> str:
     """NVML counts all GPUs of a machine, CUDA those it may see: this names one for both."""
     return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """With each list of numbers on one line, six digits each."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[[\s\d.,e+null-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
+    text = re.sub(r"(?<![\w.])\d+\.\d{5,}(e-?\d+)?", lambda number: f"{float(number[0]):.6g}", text)
+    path.write_text(text + "\n")

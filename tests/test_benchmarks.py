@@ -16,6 +16,7 @@ import plot
 import pytest
 import sanitize
 import summary as summary_of
+import timing
 import torch
 from summary import FFN_SHAPES, MATMUL_SHAPES, named, show, summary
 from test_csrc import instructions
@@ -28,7 +29,7 @@ HOST = (16, 2048, 8192)
 def timed(shape, zeros=90, dtype=torch.bfloat16, **ms):
     """Rows of what took how many ms: a name's underscores are spaces, and ``x24`` is 2:4."""
     names = {name: name.replace("_", " ").replace("x24", "2:4") for name in ms}
-    found = {names[name]: hopper.row(names[name], "ms", [1.01 * ms[name], ms[name], 0.98 * ms[name]]) for name in ms}
+    found = {names[name]: timing.row(names[name], "ms", [1.01 * ms[name], ms[name], 0.98 * ms[name]]) for name in ms}
     return hopper.placed(found, shape, zeros, dtype)
 
 
@@ -169,17 +170,17 @@ def test_what_disturbs_a_round_disturbs_both(made_up):
 
 def test_pictures(made_up, tmp_path):
     path = tmp_path / "made-up.json"
-    hopper.save(made_up, path)
+    machine.save(made_up, path)
     written = plot.main(path)
     assert [picture.name for picture in written] == [f"made-up-{name}.png" for name in ("speed", "tokens", "zeros")]
     assert all(picture.stat().st_size > 10_000 for picture in written)
-    hopper.save({"tokens": made_up["tokens"]}, path)
+    machine.save({"tokens": made_up["tokens"]}, path)
     assert len(plot.main(path)) == 1
 
 
 def test_results_are_short_and_the_same_when_read_again(made_up, tmp_path):
     made_up["ffn"]["rows"][0]["watts"] = [700.123456789, None, 1.23456789e-05]
-    hopper.save(made_up, tmp_path / "made-up.json")
+    machine.save(made_up, tmp_path / "made-up.json")
     text = (tmp_path / "made-up.json").read_text()
     assert "[ 700.123, null, 1.23457e-05 ]" in text
     assert [row["what"] for row in json.loads(text)["ffn"]["rows"]] == [row["what"] for row in made_up["ffn"]["rows"]]
@@ -313,8 +314,8 @@ def test_without_a_gpu(script, monkeypatch, capsys):
 @pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
 def test_each_variant_comes_first_and_last_as_often(names, monkeypatch):
     started = []
-    monkeypatch.setattr(hopper, "burst", lambda run, calls: started.append(run) or 1.0)
-    hopper.in_turn({name: name for name in names}, 0.003, 2 * len(names))
+    monkeypatch.setattr(timing, "burst", lambda run, calls: started.append(run) or 1.0)
+    timing.in_turn({name: name for name in names}, 0.003, 2 * len(names))
     orders = [started[i + 1 : i + 2 * len(names) : 2] for i in range(2 * len(names), len(started), 2 * len(names))]
     assert len(orders) == 2 * len(names) and all(sorted(order) == list(names) for order in orders)
     assert all([order[at] for order in orders].count(name) == 2 for name in names for at in (0, -1))

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from hopper import in_turn, kernel_times, save
-from machine import Meter, record
+from machine import Meter, record, save
 from study import GPT, TINY, Size, autocast, batch, look, text
 from summary import Row, best, ratio
+from timing import in_turn, kernel_times
 
 import ao_act24
 
