@@ -42,11 +42,14 @@ MATMULS = {  # tokens, model_dim, hidden_dim
 FIRST = {"linear_relu2_sparsify": [(3840, 584, 2112), (250, 64, 8768), (1279, 72, 3584), (200, 328, 320), (1, 8, 64)]}
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
 FP8 = {"fp8": [(1279, 592, 4672), (33, 136, 100), (250, 64, 8768), (3, 64, 64)]}  # tokens, model_dim, hidden_dim
+ACTIVE = {
+    "few tokens": [(1, 192, 4160, 320), (17, 64, 64, 64), (32, 128, 1024, 576)]
+}  # tokens, D, H, and D of the result
 GRADIENTS = {
     "gradients": [(1, 1283, 576, 2112), (1, 131, 584, 192), (8, 64, 128, 192)]
 }  # the first two leave three tokens
 PLANTED = "planted"
-CASES = ("relu2_sparsify", *MATMULS, *FIRST, *GRADIENTS, *FP8, PLANTED)
+CASES = ("relu2_sparsify", *MATMULS, *FIRST, *GRADIENTS, *FP8, *ACTIVE, PLANTED)
 KERNELS = (
     "relu2_sparsify",
     "relu2_sparsify_any",
@@ -63,6 +66,8 @@ KERNELS = (
     "sparse_mm_fp8",
     "linear_relu2_sparsify_fp8",
     "square_to_fp8",
+    "active_relu2",
+    "active_mm",
 )
 OURS = re.compile(rf"\b({'|'.join(KERNELS)}|planted_race)\b")
 RACE = """
@@ -90,6 +95,8 @@ def workload(case: str) -> None:
                 gradients((sequences, tokens), model_dim, hidden_dim, dtype)
             for tokens, model_dim, hidden_dim in FP8.get(case, ()):
                 fp8(tokens, model_dim, hidden_dim, dtype)
+            for tokens, *sizes in ACTIVE.get(case, ()):
+                few_tokens(tokens, *sizes, dtype)
     torch.cuda.synchronize()
     print(DONE)
 
@@ -166,6 +173,16 @@ def fp8(tokens: int, model_dim: int, hidden_dim: int, dtype: torch.dtype) -> Non
     got = cuda.linear_relu2_sparsify_fp8(*(each.cuda() for each in operands), dtype)
     want = reference.linear_relu2_sparsify_fp8(*operands, dtype)
     assert all(torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want))
+
+
+def few_tokens(tokens: int, model_dim: int, hidden_dim: int, out_dim: int, dtype: torch.dtype) -> None:
+    x, up, down = (
+        torch.randn(*size).to(dtype) for size in ((tokens, model_dim), (hidden_dim, model_dim), (hidden_dim, out_dim))
+    )
+    biases = torch.full((hidden_dim,), -(model_dim**0.5)).to(dtype), torch.randn(out_dim).to(dtype)
+    got = cuda.active_ffn(x.cuda(), up.cuda(), biases[0].cuda(), down.cuda().t(), biases[1].cuda()).cpu().float()
+    want = reference.active_ffn(x, up, biases[0], down.t(), biases[1]).float()
+    assert (got - want).norm() < 0.01 * want.norm()
 
 
 def planted(dtype: torch.dtype) -> None:

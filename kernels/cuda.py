@@ -218,6 +218,30 @@ def relu2_ffn(
     return sparse_mm(packed, metadata, down, down_bias), packed, metadata
 
 
+def active_ffn(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
+    """As ``reference.active_ffn``, reading of ``down`` only what belongs to neurons that fire for one token at least.
+
+    What an infinity or NaN in ``down`` would make of a zero is not computed. The kernels take up to 32 tokens, D and H
+    divisible by 64, and a ``down`` that is a transposed ``[H, D]``: a row for each neuron. Else this is dense.
+    """
+    index = x.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return active_ffn(x, up, up_bias, down, down_bias)
+    plan = PLANS.active_ffn(x.shape, down.shape, x.dtype, index) if down.stride() == (1, down.shape[0]) else None
+    if plan is None or down.data_ptr() % 16:
+        return linear(reference.relu2(linear(x, up, up_bias)), down, down_bias)
+    x, up = _aligned(x), _aligned(up)
+    up_bias = None if up_bias is None else up_bias.contiguous()
+    down_bias = None if down_bias is None else down_bias.contiguous()
+    y, active = (_empty(*shape) for shape in plan.between)
+    out = _empty(*plan.out)
+    pointers = (0 if bias is None else bias.data_ptr() for bias in (up_bias, down_bias))
+    plan.first(x.data_ptr(), up.data_ptr(), next(pointers), y.data_ptr(), active.data_ptr())
+    plan.second(y.data_ptr(), active.data_ptr(), down.data_ptr(), next(pointers), out.data_ptr())
+    return out
+
+
 def grad_hidden(grad: Tensor, down: Tensor, packed: Tensor, metadata: Tensor) -> Tensor:
     """As ``reference.grad_hidden``. The kernel takes D divisible by 8 and H by 64, and ``down`` row after row."""
     index = grad.get_device()

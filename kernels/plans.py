@@ -206,6 +206,48 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
     return _matmul(name, x.numel() // model_dim, hidden_dim, model_dim, dtype, index, outputs)
 
 
+ACTIVE_TOKENS = 32  # at most
+ACTIVE = {"NEURONS": 16, "CLUSTER": 8, "COLUMNS": 256, "ROWS": 256}  # as active.cu has them
+
+
+@dataclass(frozen=True)
+class _Active:
+    between: tuple[Empty, ...]  # y and the bits of the neurons that fire
+    out: Empty
+    first: Launch
+    second: Launch
+
+
+def _active_ffn(x: torch.Size, down: torch.Size, dtype: torch.dtype, index: int) -> _Active | None:
+    *leading, model_dim = x
+    out_dim, hidden_dim = down
+    tokens = x.numel() // max(model_dim, 1)
+    if not 0 < tokens <= ACTIVE_TOKENS or not hidden_dim * out_dim or any(size % 64 for size in (*down, model_dim)):
+        return None
+    launch.set_current(index)
+    tiles = -(-tokens // 16)
+    rows, columns, cluster = ACTIVE["ROWS"], ACTIVE["COLUMNS"], ACTIVE["CLUSTER"]
+    numbers = -(-hidden_dim // (16 * cluster)) * 16  # of the neurons that a block has at most
+    shared_bytes = 16 * tiles * (2 * rows + 4 * columns) + 4 * numbers
+    if shared_bytes > 200 << 10:
+        return None
+    defines = (("TILES", tiles),)
+    first = _simple_kernel("active", "active_relu2", dtype, index, defines)
+    second = _simple_kernel("active", "active_mm", dtype, index, defines, shared_bytes)
+    between = contiguous((hidden_dim, 16 * tiles), dtype), contiguous((hidden_dim // ACTIVE["NEURONS"],), torch.int16)
+    # x, up, bias, y, active, sizes; y, active, down, bias, out, sizes
+    sizes = [
+        (*[POINTER] * 5, *map(ctypes.c_int64, each)) for each in ((tokens, model_dim), (tokens, hidden_dim, out_dim))
+    ]
+    grids = (hidden_dim // ACTIVE["NEURONS"], 1), (cluster * -(-out_dim // columns), 1)
+    return _Active(
+        between,
+        contiguous((*leading, out_dim), dtype),
+        Launch(index, first, grids[0], _THREADS, 0, sizes[0]),
+        Launch(index, second, grids[1], _THREADS, shared_bytes, sizes[1]),
+    )
+
+
 @dataclass(frozen=True)
 class _Fp8:
     matmul: _Matmul
@@ -260,7 +302,7 @@ class Plans(threading.local):
         cached = functools.lru_cache(maxsize=1024)
         self.packing, self.sparse_mm = cached(_packing), cached(_sparse_mm)
         self.packing_fp8, self.sparse_mm_fp8 = cached(_packing_fp8), cached(_sparse_mm_fp8)
-        self.linear_relu2_sparsify_fp8 = cached(_linear_relu2_sparsify_fp8)
+        self.linear_relu2_sparsify_fp8, self.active_ffn = cached(_linear_relu2_sparsify_fp8), cached(_active_ffn)
         self.linear_relu2_sparsify, self.grad_hidden = cached(_linear_relu2_sparsify), cached(_grad_hidden)
         self.feature_wise, self.feature_wise_mm = cached(_feature_wise), cached(_feature_wise_mm)
         self.densest, self.unpack, self.columns = cached(_densest), cached(_unpack), cached(_columns)
@@ -315,9 +357,15 @@ def _matmul(
 
 @functools.cache
 def _simple_kernel(
-    source: str, entry: str, dtype: torch.dtype, index: int, more: tuple[tuple[str, int], ...] = ()
+    source: str,
+    entry: str,
+    dtype: torch.dtype,
+    index: int,
+    more: tuple[tuple[str, int], ...] = (),
+    shared_bytes: int = 0,
 ) -> Any:
-    return _function(compile.kernel(source, entry, {"ELEMENT": ELEMENTS[dtype], **dict(more)}, index), index)
+    defines: dict[str, int | str] = {"ELEMENT": ELEMENTS[dtype], **dict(more)}
+    return _function(compile.kernel(source, entry, defines, index, shared_bytes), index)
 
 
 @functools.cache

@@ -44,6 +44,17 @@ def relu2_sparsify(h: Tensor) -> tuple[Tensor, Tensor]:
     return take(relu2(h), index), layout.encode(index)
 
 
+def active_ffn(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
+    """``relu2(x @ up.T + up_bias) @ down.T + down_bias``, nothing dropped: ``[..., D]``, ``[H, D]``, ``[D, H]``.
+
+    ``h``, ``relu2(h)`` and the result are rounded to the dtype of ``x``, as they are dense; sums are in fp32.
+    """
+    wide = accumulation_dtype(x.dtype)
+    h = torch.nn.functional.linear(x.to(wide), up.to(wide), None if up_bias is None else up_bias.to(wide)).to(x.dtype)
+    y, bias = relu2(h).to(wide), None if down_bias is None else down_bias.to(wide)
+    return torch.nn.functional.linear(y, down.to(wide), bias).to(x.dtype)
+
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX, E4M3_FLOOR = torch.finfo(E4M3).max, 1e-12  # of what is scaled, as torchao has it
 

@@ -286,7 +286,7 @@ def test_the_sanitizers_see_every_kernel():
         assert {(shape.whole > 0, shape.lower_height) for shape, _ in shapes} == set(itertools.product((0, 1), (1, 2)))
     source = "".join(path.read_text() for path in compile.CSRC.glob("*.cu"))
     entries = re.findall(r"^MATMUL (\w+)|__launch_bounds__\([^)]*\)\s+(\w+)\(", source, re.MULTILINE)
-    assert {matmul or other for matmul, other in entries} == set(sanitize.KERNELS) and len(entries) == 15
+    assert {matmul or other for matmul, other in entries} == set(sanitize.KERNELS) and len(entries) == 17
 
 
 def test_the_planted_race(tmp_path):

@@ -85,6 +85,18 @@ def test_squaring_to_fp8(dtype, tmp_path):
     assert any("F2FP.SATFINITE.E4M3" in line for line in sass)
 
 
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("dtype", plans.ELEMENTS)
+def test_few_tokens(dtype, tiles, tmp_path):
+    code = compile.cubin("active", {"ELEMENT": plans.ELEMENTS[dtype], "TILES": tiles})
+    sass = instructions(code, tmp_path)
+    check_local_memory(sass)
+    product = "HMMA.16816.F32" + {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
+    assert sum(f"{product} " in line for line in sass) == {1: 64, 2: 96}[tiles]
+    assert sum("LDSM.16.MT88.4" in line for line in sass) == 4
+    assert sum("LDG.E.EF.128" in line for line in sass) == {1: 32, 2: 24}[tiles]
+
+
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)
 @pytest.mark.parametrize("name", plans.DEFINES)
 def test_matmuls(name, dtype, tmp_path):

@@ -22,8 +22,23 @@ KERNELS = {
 }
 KERNELS |= {"feature_wise_counts": 4, "feature_wise_sums": 4}
 KERNELS |= {"relu2_sparsify_fp8": 9, "relu2_sparsify_fp8_any": 10, "sparse_mm_fp8": 7}
-KERNELS |= {"linear_relu2_sparsify_fp8": 11, "square_to_fp8": 12}
-ARGUMENTS = {1: 7, 2: 6, 3: 6, 4: 9, 5: 5, 6: 7, 7: 9, 8: 5, 9: 7, 10: 7, 11: 10, 12: 6}  # how many each has
+KERNELS |= {"linear_relu2_sparsify_fp8": 11, "square_to_fp8": 12, "active_relu2": 13, "active_mm": 14}
+ARGUMENTS = {
+    1: 7,
+    2: 6,
+    3: 6,
+    4: 9,
+    5: 5,
+    6: 7,
+    7: 9,
+    8: 5,
+    9: 7,
+    10: 7,
+    11: 10,
+    12: 6,
+    13: 7,
+    14: 8,
+}  # how many each has
 STREAM = 0x7FFF00000040
 SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
 BF16 = torch.bfloat16
@@ -40,7 +55,7 @@ class Driver:
 
     def cuLaunchKernel(self, kernel, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
         assert (z, threads_y, threads_z, stream, extra) == (1, 1, 1, STREAM, 0)
-        self.launches, self.blocks, self.threads = self.launches + 1, x * y, threads
+        self.launches, self.blocks, self.threads, self.shared = self.launches + 1, x * y, threads, shared
         self.arguments = (ctypes.c_void_p * ARGUMENTS[kernel]).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
         self.before, self.last = self.last, self.words
@@ -147,6 +162,36 @@ def test_linear_relu2_sparsify_fp8(hidden_dim, launched):
         assert (b_sizes, b_strides[0], b_box[0]) == ([24, 2, 4, 8, hidden_dim // 64], 48, 64)
         launched.maps.clear()
         cuda.PLANS.linear_relu2_sparsify_fp8.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "tokens, hidden_dim, out_dim, padded, shared",
+    [(1, 1024, 128, 16, 25088), (16, 16384, 320, 16, 32768), (17, 32768, 64, 32, 65536), (32, 64, 64, 32, 49216)],
+)
+def test_active_ffn(tokens, hidden_dim, out_dim, padded, shared, launched):
+    """Neurons are rows of down in memory. The second kernel has y, sums and numbers of neurons in shared memory."""
+    x, up = torch.randn(1, tokens, 192).to(BF16), torch.randn(hidden_dim, 192).to(BF16)
+    by_neurons, biases = torch.randn(hidden_dim, out_dim).to(BF16), (torch.randn(hidden_dim).to(BF16), None)
+    out = cuda.active_ffn(x, up, biases[0], by_neurons.t(), biases[1])
+    assert out.shape == (1, tokens, out_dim) and launched.launches == 2
+    first, second = launched.before, launched.last
+    assert first[:3] == [x.data_ptr(), up.data_ptr(), biases[0].data_ptr()] and first[5:] == [tokens, 192]
+    assert second == [*first[3:5], by_neurons.data_ptr(), 0, out.data_ptr(), tokens, hidden_dim, out_dim]
+    assert (launched.blocks, launched.threads, launched.shared) == (8 * -(-out_dim // 256), 256, shared)
+    y, active = cuda.PLANS.active_ffn(x.shape, by_neurons.t().shape, BF16, -1).between
+    assert y[0] == (hidden_dim, padded) and active[0] == (hidden_dim // 16,)
+    dense = cuda.active_ffn(x, up, biases[0], by_neurons.t().contiguous(), biases[1])
+    assert launched.launches == 2
+    torch.testing.assert_close(dense, reference.active_ffn(x, up, biases[0], by_neurons.t(), None), rtol=0.02, atol=1)
+
+
+@pytest.mark.parametrize(("tokens", "model_dim", "hidden_dim"), [(33, 64, 64), (0, 64, 64), (4, 72, 64), (4, 64, 96)])
+def test_active_ffn_of_sizes_that_the_kernels_do_not_take(tokens, model_dim, hidden_dim, launched):
+    x, up = torch.randn(tokens, model_dim).to(BF16), torch.randn(hidden_dim, model_dim).to(BF16)
+    by_neurons = torch.randn(hidden_dim, model_dim).to(BF16)
+    out = cuda.active_ffn(x, up, None, by_neurons.t(), None)
+    assert launched.launches == 0 and out.shape == x.shape
+    torch.testing.assert_close(out, reference.active_ffn(x, up, None, by_neurons.t(), None), rtol=0.02, atol=1)
 
 
 @pytest.mark.parametrize("tokens", [384 * 66, 500])

@@ -140,6 +140,19 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// A float of the shared memory of any block in the cluster.
+__device__ __forceinline__ float load_remote(u32 shared, u32 block) {
+  float value;
+  asm volatile(
+      "{.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [remote];}"
+      : "=f"(value)
+      : "r"(shared), "r"(block)
+      : "memory");
+  return value;
+}
+
 // --- bulk tensor copies: a box of a tensor of three dimensions into shared memory, zeros where it lies outside
 
 __device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int i0, int i1, int i2, u32 barrier) {
@@ -273,6 +286,15 @@ __device__ __forceinline__ u32 transpose(u32 word) {
   u32 column;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(word));
   return column;
+}
+
+// Of four 8 x 8 matrices in shared memory, row r of matrix m being where thread 8 m + r points to, thread 4 g + q gets rows 2 q and
+// 2 q + 1 of column g.
+__device__ __forceinline__ void load_transposed(u32 (&words)[4], u32 shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared)
+               : "memory");
 }
 
 __device__ __forceinline__ float to_float(u16 value) {

@@ -1,0 +1,210 @@
+// out[T, D'] = relu(x[T, D] @ up[H, D]^T + up_bias[H])^2 @ down[H, D'] + down_bias[D'] for few tokens, exactly: bound by reading weights,
+// of which a row of `down` is read only where its neuron fires for one token at least.
+//
+// Two kernels. The first reads all of `up`, and leaves y and a bit for each neuron. Of the second each block counts the bits before
+// it, so that the neurons that fire are numbered in their order, and takes those of its number: a sum's parts do not depend on the
+// neurons that do not fire, nor on when a block runs. Blocks of a cluster take an eighth of them each, and add up what they have.
+//
+// Compile-time: ELEMENT ("bf16" or "f16"), TILES: sixteens of tokens.
+//
+// mma's operands are loaded as they lie in memory, 16 bytes a thread, and its indices taken in another order, the same in both.
+
+#include "ptx.cuh"
+
+constexpr int WARPS = 8, NEURONS = 16, PADDED = 16 * TILES;  // neurons of a block of the first kernel; tokens
+
+// d (16 x 8) += a (16 x 16) * b (16 x 8).
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+struct Words {
+  u32 words[8];  // 16 neighbours
+};
+
+__device__ __forceinline__ Words load_words(const u16* from, bool there) {
+  uint4 left = {}, right = {};
+  if (there) left = load_streaming(from), right = load_streaming(from + 8);
+  return {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
+}
+
+// y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 16 i + n fire? A block for each 16 neurons, whose warps
+// take a part of the columns each: 64 of them at a time, of which thread q of a quad has 16.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    active_relu2(const u16* __restrict__ x, const u16* __restrict__ up, const u16* __restrict__ bias, u16* __restrict__ y,
+                 u16* __restrict__ active, i64 tokens, i64 model_dim) {
+  constexpr int AHEAD = 4, EIGHTS = 2 * TILES;
+  __shared__ float parts[WARPS][NEURONS][PADDED + 1];
+  __shared__ u32 fires;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const i64 neuron = (i64)blockIdx.x * NEURONS, chunks = model_dim / 64;
+  const u16* upper = up + (neuron + g) * model_dim + 16 * q;
+  const u16* lower = upper + 8 * model_dim;
+  float d[EIGHTS][4] = {};
+  for (i64 first = warp; first < chunks; first += AHEAD * WARPS) {
+    Words of_upper[AHEAD], of_lower[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const i64 chunk = first + i * WARPS;
+      of_upper[i] = load_words(upper + 64 * chunk, chunk < chunks);
+      of_lower[i] = load_words(lower + 64 * chunk, chunk < chunks);
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const i64 chunk = first + i * WARPS;
+#pragma unroll
+      for (int eight = 0; eight < EIGHTS; ++eight) {
+        if (8 * eight >= tokens) break;
+        const i64 token = 8 * eight + g;
+        u32 of_x[8] = {};
+        if (chunk < chunks && token < tokens) load_sixteen(of_x, x + token * model_dim + 64 * chunk + 16 * q);
+        const u32(&u)[8] = of_upper[i].words, (&l)[8] = of_lower[i].words;
+#pragma unroll
+        for (int step = 0; step < 8; step += 2) {
+          mma(d[eight], u[step], l[step], u[step + 1], l[step + 1], of_x[step], of_x[step + 1]);
+        }
+      }
+    }
+  }
+  if (threadIdx.x == 0) fires = 0;
+#pragma unroll
+  for (int eight = 0; eight < EIGHTS; ++eight) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) parts[warp][g + 8 * (i / 2)][8 * eight + 2 * q + i % 2] = d[eight][i];
+  }
+  __syncthreads();
+  u32 seen = 0;
+  for (int at = threadIdx.x; at < NEURONS * PADDED; at += 32 * WARPS) {
+    const int of_neuron = at / PADDED, token = at % PADDED;
+    float sum = 0;
+#pragma unroll
+    for (int from = 0; from < WARPS; ++from) sum += parts[from][of_neuron][token];
+    if (bias != nullptr) sum += to_float(bias[neuron + of_neuron]);
+    const u32 value = token < tokens ? square(relu(pack_floats(sum, 0))) & 0xFFFF : 0;
+    y[neuron * PADDED + at] = (u16)value;
+    if (value != 0) seen |= 1u << of_neuron;
+  }
+  seen = __reduce_or_sync(~0u, seen);
+  if (threadIdx.x % 32 == 0) atomicOr(&fires, seen);
+  __syncthreads();
+  if (threadIdx.x == 0) active[blockIdx.x] = (u16)fires;
+}
+
+constexpr int CLUSTER = 8, COLUMNS = 256, ROWS = 256;  // of a block of the second kernel: columns, and neurons at a time
+
+// A block has COLUMNS columns, a warp 64 of them and every other 16 neurons, of which thread q of a quad has 4; g: 8 columns.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(32 * WARPS)
+    active_mm(const u16* __restrict__ y, const u32* __restrict__ active, const u16* __restrict__ down,
+              const u16* __restrict__ bias, u16* __restrict__ out, i64 tokens, i64 hidden_dim, i64 out_dim) {
+  constexpr int AHEAD = TILES == 1 ? 4 : 2;
+  extern __shared__ __align__(16) u8 shared[];
+  u16* y_here = (u16*)shared;                             // [ROWS][PADDED]
+  float* sums = (float*)(shared + ROWS * PADDED * 2);     // [PADDED][COLUMNS]
+  int* list = (int*)(shared + ROWS * PADDED * 2 + PADDED * COLUMNS * 4);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int words = (int)(hidden_dim / 32), each = (words + blockDim.x - 1) / blockDim.x;
+  const int begin = min((int)threadIdx.x * each, words), end = min(begin + each, words);
+  int total = 0;
+  for (int i = begin; i < end; ++i) total += __popc(active[i]);
+  int number = block_before(total);  // of this thread's first one that fires
+  const int part = (total + CLUSTER * 16 - 1) / (CLUSTER * 16) * 16, rank = cluster_rank();
+  const int low = min(rank * part, total), count = min(part, total - low);
+  for (int i = begin; i < end; ++i) {
+    for (u32 bits = active[i]; bits != 0; bits &= bits - 1, ++number) {
+      if (number >= low && number < low + count) list[number - low] = 32 * i + __ffs(bits) - 1;
+    }
+  }
+  __syncthreads();
+
+  const int columns = warp / 2 * 64 + 8 * g, turn = warp % 2;
+  const i64 first_column = (i64)(blockIdx.x / CLUSTER) * COLUMNS;
+  const bool there = first_column + columns < out_dim;
+  float d[TILES][8][4] = {};
+  for (int start = 0; start < count; start += ROWS) {
+    const int rows = min(ROWS, count - start), padded = (rows + 15) / 16 * 16;
+    for (int at = threadIdx.x; at < padded * (PADDED / 8); at += blockDim.x) {
+      const int row = at / (PADDED / 8), eight = at % (PADDED / 8);
+      uint4 value = {};
+      if (row < rows) value = __ldg((const uint4*)(y + (i64)list[start + row] * PADDED) + eight);
+      ((uint4*)y_here)[at] = value;
+    }
+    __syncthreads();
+    for (int step = turn; 16 * step < rows; step += 2 * AHEAD) {
+      uint4 loaded[AHEAD][4];
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int row = 16 * (step + 2 * i) + 2 * q + k % 2 + k / 2 * 8;
+          loaded[i][k] = {};
+          if (row < rows && there) {
+            loaded[i][k] = load_streaming(down + (i64)list[start + row] * out_dim + first_column + columns);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        if (16 * (step + 2 * i) >= rows) break;
+        u32 a[TILES][4];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+          // Of four matrices lane 8 m + r points to row r: neurons 8 (m / 2) + r, tokens from 8 (m % 2) on.
+          const int row = 16 * (step + 2 * i) + lane / 16 * 8 + lane % 8, token = 16 * tile + lane / 8 % 2 * 8;
+          load_transposed(a[tile], shared_address(y_here + row * PADDED + token));
+        }
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {  // of columns
+          u32 of_row[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const uint4& v = loaded[i][k];
+            of_row[k] = pair == 0 ? v.x : pair == 1 ? v.y : pair == 2 ? v.z : v.w;
+          }
+          const u32 even[2] = {permute_bytes<0x5410>(of_row[0], of_row[1]), permute_bytes<0x5410>(of_row[2], of_row[3])};
+          const u32 odd[2] = {permute_bytes<0x7632>(of_row[0], of_row[1]), permute_bytes<0x7632>(of_row[2], of_row[3])};
+#pragma unroll
+          for (int tile = 0; tile < TILES; ++tile) {
+            const u32(&t)[4] = a[tile];
+            mma(d[tile][2 * pair], t[0], t[1], t[2], t[3], even[0], even[1]);
+            mma(d[tile][2 * pair + 1], t[0], t[1], t[2], t[3], odd[0], odd[1]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // Result i of a thread's quarter q is column 8 n + i, n = 2 q and 2 q + 1 of the warp's eights.
+  for (int of_turn = 0; of_turn < 2; ++of_turn) {
+    if (turn == of_turn) {
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int token = 16 * tile + g + k / 2 * 8, column = warp / 2 * 64 + 8 * (2 * q + k % 2) + i;
+            float& sum = sums[token * COLUMNS + column];
+            sum = of_turn == 0 ? d[tile][i][k] : sum + d[tile][i][k];
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+  cluster_sync();
+  const int column = rank * (COLUMNS / CLUSTER) + lane;
+  for (int token = warp; token < tokens; token += WARPS) {
+    float sum = 0;
+#pragma unroll
+    for (int from = 0; from < CLUSTER; ++from) sum += load_remote(shared_address(sums + token * COLUMNS + column), from);
+    const i64 at = first_column + column;
+    if (at >= out_dim) continue;
+    if (bias != nullptr) sum += to_float(bias[at]);
+    out[token * out_dim + at] = (u16)pack_floats(sum, 0);
+  }
+  cluster_sync();  // the other blocks may still read our sums
+}

@@ -1,0 +1,118 @@
+"""On a Hopper GPU: few tokens, of which only neurons that fire are multiplied further: exactly what dense computes.
+
+python -m pytest tests/test_active.py
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hopper_kernels import DTYPES, needs_hopper, poison, random, untouched
+
+from ao_act24.kernels import cuda, reference
+
+pytestmark = needs_hopper
+TOKENS = [1, 2, 4, 7, 8, 9, 15, 16, 17, 31, 32]
+SIZES = [(64, 64, 64), (192, 320, 128), (4096, 512, 320), (1024, 8256, 1024), (512, 32768, 64)]  # D, H, D'
+
+
+def operands(tokens, sizes=(1024, 4096, 1024), dtype=torch.bfloat16, shift=-1.6, bias=True):
+    """At the default shift 95 % zeros; ``down`` is a row for each neuron in memory."""
+    model_dim, hidden_dim, out_dim = sizes
+    up, down = random(hidden_dim, model_dim) * model_dim**-0.5, random(hidden_dim, out_dim) * hidden_dim**-0.5
+    biases = (torch.full((hidden_dim,), shift, device="cuda"), random(out_dim)) if bias else (None, None)
+    tensors = (random(tokens, model_dim), up, biases[0], down, biases[1])
+    x, up, up_bias, down, down_bias = (None if t is None else t.to(dtype) for t in tensors)
+    return x, up, up_bias, down.t(), down_bias
+
+
+def whole(tokens, sizes, dtype=torch.bfloat16):
+    """Small integers, one entry in eight: nothing is rounded but the results, and those alike."""
+    model_dim, hidden_dim, out_dim = sizes
+
+    def integers(*shape):
+        return (torch.randint(-1, 2, shape, device="cuda") * (torch.rand(shape, device="cuda") < 1 / 8)).to(dtype)
+
+    x, up, down = integers(tokens, model_dim), integers(hidden_dim, model_dim), integers(hidden_dim, out_dim)
+    return x, up, integers(hidden_dim), down.t(), integers(out_dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_bit_by_bit(tokens, sizes, dtype):
+    arguments = whole(tokens, sizes, dtype)
+    want = reference.active_ffn(*arguments)
+    assert torch.equal(cuda.active_ffn(*arguments), want) and want.any()
+    arguments = (*arguments[:2], None, arguments[3], None)
+    assert torch.equal(cuda.active_ffn(*arguments), reference.active_ffn(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [9.0, 0.0, -1.6, -9.0])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 32])
+def test_no_worse_than_dense(tokens, shift, dtype):
+    """Where all neurons fire, a half, a twentieth, and none."""
+    x, up, up_bias, down, down_bias = arguments = operands(tokens, dtype=dtype, shift=shift)
+    wide = [t.double() for t in arguments]
+    exact = F.linear(F.linear(wide[0], wide[1], wide[2]).relu().square(), wide[3], wide[4])
+    dense = F.linear(F.linear(x, up, up_bias).relu().square(), down, down_bias)
+    error, of_dense = ((out.double() - exact).norm() for out in (cuda.active_ffn(*arguments), dense))
+    assert error <= 1.02 * of_dense and error < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_what_does_not_fire_changes_no_bit(tokens):
+    """Nor does it matter what its row of ``down`` holds."""
+    x, up, up_bias, down, down_bias = operands(tokens)
+    want = cuda.active_ffn(x, up, up_bias, down, down_bias)
+    fires = (F.linear(x.double(), up.double(), up_bias.double()) > -0.01).any(0)
+    kept = fires.nonzero().flatten()
+    silent = torch.full((4096 * 2,), -5.0, device="cuda").bfloat16()
+    places = torch.randperm(8192, device="cuda")[: len(kept)].sort().values  # in the same order among others
+    wider_up, wider_down = torch.zeros(8192, 1024, device="cuda").bfloat16(), random(8192, 1024)
+    wider_down[0] = float("nan")
+    wider_up[places], wider_down[places], silent[places] = up[kept], down.t()[kept], up_bias[kept]
+    assert torch.equal(cuda.active_ffn(x, wider_up, silent, wider_down.t(), down_bias), want)
+
+
+def test_nan_and_infinity_stay_in_their_tokens():
+    x, up, up_bias, down, down_bias = operands(9)
+    x[3, 5], x[6, 7] = float("nan"), float("inf")
+    out = cuda.active_ffn(x, up, up_bias, down, down_bias)
+    assert out[3].isnan().all() and not out[6].isfinite().any()
+    rest = [0, 1, 2, 4, 5, 7, 8]
+    assert out[rest].isfinite().all()
+
+
+def test_a_larger_shape_strided_input_and_other_layouts():
+    x, up, up_bias, down, down_bias = operands(6)
+    want = cuda.active_ffn(x, up, up_bias, down, down_bias)
+    assert torch.equal(cuda.active_ffn(x.view(2, 3, -1), up, up_bias, down, down_bias), want.view(2, 3, -1))
+    wide = torch.zeros(6, 1030, device="cuda").bfloat16()
+    wide[:, 3:-3] = x
+    assert torch.equal(cuda.active_ffn(wide[:, 3:-3], up, up_bias, down, down_bias), want)
+    dense = cuda.active_ffn(x, up, up_bias, down.contiguous(), down_bias)
+    torch.testing.assert_close(dense, want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_every_output_is_written_and_nothing_else(tokens, monkeypatch):
+    arguments = whole(tokens, (192, 8256, 320))
+    want = reference.active_ffn(*arguments)
+    guards = poison(monkeypatch)
+    assert torch.equal(cuda.active_ffn(*arguments), want)
+    assert len(guards) == 3 and untouched(guards)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 32])
+def test_the_same_bits_every_time_and_in_a_graph(tokens):
+    arguments = operands(tokens, (1024, 8192, 1024))
+    want = cuda.active_ffn(*arguments)
+    assert all(torch.equal(cuda.active_ffn(*arguments), want) for _ in range(100))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda.active_ffn(*arguments)
+    other = operands(tokens, (1024, 8192, 1024))[0]
+    arguments[0].copy_(other)  # other neurons fire
+    graph.replay()
+    assert torch.equal(captured, cuda.active_ffn(*arguments)) and not torch.equal(captured, want)
