@@ -110,12 +110,16 @@ class Measurement:
         layers: one entry for each FFN, in order of execution.
         dense_loss, sparse_loss: the model's loss with dense activations and in 2:4; None if the model gives none.
         output_error: ``||sparse - dense|| / ||dense||`` of the model's output.
+        loss_in_16_bits, error_in_16_bits: of the model as it is, and of 2:4 over that, where ``measure`` was asked what
+            fp8 would be; else None, and "dense" is the model as it is.
     """
 
     layers: tuple[Layer, ...]
     dense_loss: float | None
     sparse_loss: float | None
     output_error: float
+    loss_in_16_bits: float | None = None
+    error_in_16_bits: float | None = None
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -140,6 +144,9 @@ class Measurement:
         if self.dense_loss is not None and self.sparse_loss is not None:
             change = self.sparse_loss - self.dense_loss
             loss += f"; loss dense {self.dense_loss:.5f}, 2:4 {self.sparse_loss:.5f} ({change:+.5f})"
+        if self.error_in_16_bits is not None:
+            loss += f"; over 16 bits, output error {self.error_in_16_bits:.3%}"
+            loss += "" if self.loss_in_16_bits is None else f", loss {self.loss_in_16_bits:.5f}"
         return Group(table, loss)
 
     def __str__(self) -> str:
@@ -217,8 +224,13 @@ def measure(
         dense_loss, sparse_loss = (None if value is None else float(value) for value in losses)
         if with_gradients and sparse_loss is not None:
             _add_gradients(lambda stand_in: _loss(run(stand_in), loss))
-    error = _relative_error(_first_tensor(sparse), _first_tensor(dense))
-    return Measurement(tuple(layers.values()), dense_loss, sparse_loss, error)
+        plain = run_captured(model, inputs, kwargs, "eager") if rewrite.dtype else None
+    measured = tuple(layers.values()), dense_loss, sparse_loss, _relative_error(*map(_first_tensor, (sparse, dense)))
+    if plain is None:
+        return Measurement(*measured)
+    plain_loss = _loss(plain, loss)
+    error = _relative_error(*map(_first_tensor, (sparse, plain)))
+    return Measurement(*measured, None if plain_loss is None else float(plain_loss), error)
 
 
 # of a sparse matmul: the layer, packed, metadata, weight, bias, and h
@@ -310,8 +322,13 @@ class _Probe:
         for module in graph_modules(gm):
             rewrite_graph(module.graph, self.rewrite)
             for site in find_sites(module.graph):
-                if site.rewritten and self.stand_in is not None:
-                    self._replace(site, self.stand_in, locator(gm, self.model, site, describe(site, "")))
+                if (
+                    not site.rewritten or self.stand_in is None or site.relu2 is None
+                ):  # None: an operator called by name
+                    continue
+                in_fp8 = is_our_op(site.node, "sparse_mm_fp8")
+                if not in_fp8 or self.stand_in is _compare:  # fp8 has no gradients
+                    self._replace(site, self.stand_in, locator(gm, self.model, site, describe(site, "", self.rewrite)))
                     sites += 1
             module.recompile()
 

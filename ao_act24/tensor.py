@@ -9,6 +9,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from ao_act24 import ops
 from ao_act24.fingerprint import source_digest
+from ao_act24.fp8 import torchao_float8_sparse
 from ao_act24.kernels import layout
 
 
@@ -121,7 +122,7 @@ class Sparse24Tensor(TorchAOBaseTensor):
     @classmethod
     def from_torchao(cls, sparse: TorchAOBaseTensor) -> "Sparse24Tensor":
         """From torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``: values times row scales, in its own dtype."""
-        Float8Sparse = _torchao_float8_sparse()
+        Float8Sparse = torchao_float8_sparse()
         if not isinstance(sparse, Float8Sparse):
             raise TypeError(f"sparse must be a Float8Sparse2x4_2DData2DMetadataTensor, got {type(sparse).__name__}")
         tokens, hidden_dim = sparse.shape
@@ -136,7 +137,7 @@ class Sparse24Tensor(TorchAOBaseTensor):
         Raises:
             ValueError: unless two-dimensional, not transposed, tokens divisible by 64 and ``hidden_dim`` by 128.
         """
-        Float8Sparse = _torchao_float8_sparse()
+        Float8Sparse = torchao_float8_sparse()
         self._require(self.dim() == 2 and not self.transposed, "two dimensions and no transpose", self)
         tokens, hidden_dim = self.shape
         self._require(tokens % 64 == 0 and hidden_dim % 128 == 0, "a shape divisible by (64, 128)", tuple(self.shape))
@@ -189,16 +190,6 @@ def _unsupported(what: str) -> NoReturn:
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in ops.DTYPES:
         raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
-
-
-def _torchao_float8_sparse() -> Any:
-    try:
-        from torchao.quantization.quantize_.workflows import Float8Sparse2x4_2DData2DMetadataTensor
-    except ImportError as error:
-        raise NotImplementedError(
-            "converting to and from Float8Sparse2x4_2DData2DMetadataTensor needs torchao >= 0.18, which introduced it"
-        ) from error
-    return Float8Sparse2x4_2DData2DMetadataTensor
 
 
 def _is_left(x: object) -> bool:

@@ -16,21 +16,21 @@ import linecache
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config, checked
-from ao_act24.fp8 import INFERENCE_ONLY, is_fp8, to_fp8
+from ao_act24.fp8 import INFERENCE_ONLY, NOT_CONVERTED, is_fp8, to_fp8, why_not_by_rows
 from ao_act24.kernels import cuda
 from ao_act24.passes import Act24Warning, Report, Verdict, rewrite_graph
 from ao_act24.passes.find import find_sites
 from ao_act24.passes.judge import judge
-from ao_act24.passes.vocabulary import Linear, ancestors, cast_dtype, is_our_op, weight_origin
+from ao_act24.passes.vocabulary import Linear, ancestors, as_linear, cast_dtype, is_our_op, known_weight, weight_origin
 from ao_act24.phases import ignored
 from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
 from ao_act24.when import MIN_DIM, least_tokens, why_dense
@@ -45,7 +45,8 @@ def sparsify_(model: nn.Module, config: Act24Config | None = None) -> Report:
     Needs no example inputs: it traces each module that holds two or more matrices with ``torch.fx``. Blocks that
     cannot be traced alone stay as they are; ``torch.compile(model, backend="ao_act24")`` reaches more of them. Call
     it before ``torch.compile``. ``state_dict`` keys and parameter identities do not change; ``unsparsify_`` undoes
-    it. A pickled module (as opposed to its ``state_dict``) loads in dense form.
+    it. A pickled module (as opposed to its ``state_dict``) loads in dense form. With ``dtype="fp8"``, first, weights
+    of blocks that then run in 2:4, and that nothing else has, become torchao's tensors for good.
 
     Args:
         model: the model, or a part of it.
@@ -122,36 +123,74 @@ def _may_hold_ffn(module: nn.Module) -> bool:
     return own >= 2 and not is_patched(module)
 
 
+Slot = tuple[int, str]  # of a parameter: the module (its id), and the name there
+
+
 def _convert(model: nn.Module, config: Act24Config) -> None:
-    """To fp8: both weights of each block that 2:4 takes, wherever in ``model`` they are."""
+    """To fp8, once: both weights of each block that then runs in 2:4, if nothing else has them."""
+    unsparsify_(model)
+    parameters: dict[Slot, nn.Parameter] = {
+        (id(module), name): parameter
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    blocks: set[tuple[Slot, Slot]] = set()
+    for module in filter(_may_hold_ffn, model.modules()):
+        traced = [trace(module, training) for training in (True, False)]
+        if all(traced):
+            blocks |= set.intersection(*(_convertible(module, each, config) for each in traced if each))
+    while True:
+        slots = {slot for block in blocks for slot in block}
+        elsewhere = {id(parameter) for slot, parameter in parameters.items() if slot not in slots}
+        left = {block for block in blocks if not any(id(parameters[slot]) in elsewhere for slot in block)}
+        if left == blocks:
+            break
+        blocks = left
+    converted: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        evaluate = trace(module, False) if _may_hold_ffn(module) else None
-        for site in find_sites(evaluate.graph) if evaluate else ():
-            if judge(site, replace(config, dtype=None)):
-                continue
-            found = [_weight_of(module, linear) for linear in (site.up, site.down) if linear]
-            weights = [weight for weight in found if weight is not None and weight.dtype == torch.bfloat16]
-            for weight in weights if len(weights) == 2 else ():
-                if not is_fp8(weight):
-                    _put_in_place(model, weight, nn.Parameter(to_fp8(weight.detach()), requires_grad=False))
-
-
-def _weight_of(module: nn.Module, linear: Linear) -> nn.Parameter | None:
-    """That of a traced linear layer, if it is a parameter ``[outputs, inputs]``."""
-    if linear.weight is None:
-        return attribute(module, f"{linear.node.target}.weight")
-    node, transposed, _ = weight_origin(linear.weight)
-    if node.op != "get_attr" or transposed != linear.transposed:
-        return None
-    found = attribute(module, str(node.target))
-    return found if isinstance(found, nn.Parameter) else None
-
-
-def _put_in_place(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is old:
+        for name in [name for name in module._parameters if (id(module), name) in slots]:
+            weight = parameters[id(module), name]
+            if not is_fp8(weight):
+                new = converted.setdefault(id(weight), nn.Parameter(to_fp8(weight.detach()), requires_grad=False))
                 setattr(module, name, new)
+
+
+def _convertible(module: nn.Module, graph_module: GraphModule, config: Act24Config) -> set[tuple[Slot, Slot]]:
+    """The weights of each block of ``module`` that lacks nothing but fp8, if the graph has them nowhere else."""
+    graph = graph_module.graph
+    pairs: set[tuple[Slot, Slot]] = set()
+    in_blocks: set[Node] = set()
+    for site in find_sites(graph):
+        slots = [_slot(module, linear) for linear in (site.up, site.down) if linear]
+        if len(slots) == 2 and slots[0] and slots[1] and judge(site, config) == NOT_CONVERTED:
+            assert site.up is not None and site.down is not None
+            pairs.add((slots[0], slots[1]))
+            in_blocks |= {site.up.node, site.down.node}
+    used = {_slot(module, linear) for node in graph.nodes if (linear := as_linear(node)) and node not in in_blocks} | {
+        (id(owner), name)
+        for node in graph.find_nodes(op="get_attr")
+        if any(user not in in_blocks for user in node.users)
+        for owner, name in [_owner(module, str(node.target))]
+    }
+    return {pair for pair in pairs if not used.intersection(pair)}
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return module.get_submodule(parent), name
+
+
+def _slot(module: nn.Module, linear: Linear) -> Slot | None:
+    """Of a traced linear layer's weight, if it is a parameter ``[outputs, inputs]``, in fp8 or in bfloat16."""
+    known, transposed = known_weight(linear)
+    node = weight_origin(linear.weight).node if linear.weight else None
+    if transposed or not isinstance(known, nn.Parameter) or known.dtype != torch.bfloat16:
+        return None
+    if node is not None and node.op != "get_attr":
+        return None
+    owner, name = _owner(module, f"{linear.node.target}.weight" if node is None else str(node.target))
+    return id(owner), name
 
 
 def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
@@ -164,7 +203,7 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
 class _Weight(NamedTuple):
     transposed: bool  # [hidden_dim, model_dim]
     cast: torch.dtype | bool  # True: to another tensor's dtype, the input's
-    in_fp8: bool  # torchao's Float8Tensor
+    in_fp8: torch.dtype | None  # torchao's Float8Tensor, and what it gives
 
 
 @dataclass
@@ -208,7 +247,7 @@ def _generate(
         if site.rewritten:
             assert site.down is not None and site.down.weight is not None
             weight, transposed, cast = weight_origin(site.down.weight)
-            in_fp8 = is_our_op(site.node, "sparse_mm_fp8")
+            in_fp8: Any = site.node.args[-1] if is_our_op(site.node, "sparse_mm_fp8") else None
             weights[str(weight.target)] = _Weight(transposed, cast is not None and (cast_dtype(cast) or True), in_fp8)
             sources |= ancestors(site.node)
     biased = {name for name, _ in inlined if getattr(module.get_submodule(name), "bias", None) is not None}
@@ -277,13 +316,31 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
             return f"{path} has a bias, and had none when sparsify_ looked"
     for path, (transposed, _, in_fp8) in generated.weights.items():
         weight = attribute(module, path)
-        if is_fp8(weight) is not in_fp8 or (not in_fp8 and is_traceable_wrapper_subclass(weight)):
+        if is_fp8(weight) != bool(in_fp8) or (not in_fp8 and is_traceable_wrapper_subclass(weight)):
             return f"{path} became a {type(weight).__name__}"
+        if in_fp8 and (changed := _changed_in_fp8(module, path, generated, in_fp8, inputs)):
+            return changed
         if weight.shape[0 if transposed else -1] % 4:
             return f"{path} now has shape {tuple(weight.shape)}"
     if inputs and inputs[0].is_cuda and not generated.config.emulate:
         path, (_, cast, _) = next(iter(generated.weights.items()))
         return cuda.why_not(inputs[0].device, _dtype(inputs[0], attribute(module, path), cast))
+    return ""
+
+
+def _changed_in_fp8(
+    module: nn.Module, path: str, generated: _Generated, dtype: torch.dtype, inputs: list[Tensor]
+) -> str:
+    """torchao's tensor gives the dtype of its input, autocast or not; ours the one that it had."""
+    weight = attribute(module, path)
+    if not torch.compiler.is_compiling() and (reason := why_not_by_rows(weight)):
+        return f"{path} is in fp8, but {reason}"
+    if inputs and inputs[0].is_floating_point() and inputs[0].dtype != dtype:
+        return f"the input became {inputs[0].dtype}, in fp8 it must be {dtype}"
+    for name in generated.biased:
+        bias = module.get_submodule(name).bias
+        if bias is not None and bias.dtype != dtype:
+            return f"{name}.bias became {bias.dtype}, in fp8 it must be {dtype}"
     return ""
 
 
@@ -299,8 +356,7 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
     if not inputs or inputs[0].ndim == 0:
         return ""
     device, tokens = inputs[0].device, inputs[0].numel() // inputs[0].shape[-1]
-    in_fp8 = any(weight.in_fp8 for weight in generated.weights.values())
-    if in_fp8 and _trains(module, generated, inputs):
+    if any(weight.in_fp8 for weight in generated.weights.values()) and _trains(module, generated, inputs):
         return INFERENCE_ONLY
     training = device.type == "cuda" and not generated.config.emulate and _trains(module, generated, inputs)
     if training and torch.compiler.is_compiling():  # before Dynamo guards on the number of tokens

@@ -31,7 +31,7 @@ def rewrite_graph(graph: Graph, config: Act24Config) -> list[Verdict]:
     """Rewrite every site of ``graph`` that can be, in place, and say what became of each."""
     sites = find_sites(graph)
     reasons = [judge(site, config) for site in sites]
-    verdicts = [describe(site, reason) for site, reason in zip(sites, reasons)]
+    verdicts = [describe(site, reason, config) for site, reason in zip(sites, reasons)]
     for site, reason in reversed(
         list(zip(sites, reasons))
     ):  # the last first: a site's h may be an earlier site's result
@@ -43,7 +43,7 @@ def rewrite_graph(graph: Graph, config: Act24Config) -> list[Verdict]:
 def examine(module: GraphModule, config: Act24Config) -> list[tuple[Site, Verdict]]:
     """The sites of a module and of every subgraph that it calls, and what ``rewrite_graph`` would say of them."""
     sites = [site for graph in graph_modules(module) for site in find_sites(graph.graph)]
-    return [(site, describe(site, judge(site, config))) for site in sites]
+    return [(site, describe(site, judge(site, config), config)) for site in sites]
 
 
 def graph_modules(module: GraphModule) -> Iterator[GraphModule]:

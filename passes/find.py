@@ -104,9 +104,7 @@ def _already_rewritten(node: Node) -> Site | None:
     weight, bias = (argument(node, i, "") for i in ((3, 5) if in_fp8 else (2, 3)))
     down = Linear(node, sparsify, _tensor_of(weight), bias, False)
     if is_our_op(sparsify, "linear_relu2_sparsify_fp8"):
-        data, weight, bias = (argument(sparsify, i, "") for i in (0, 2, 4))
-        x = _tensor_of(data)
-        x = x if x is data else x.args[0]  # made by torchao
+        x, weight, bias = (argument(sparsify, i, "") for i in (0, 2, 4))
         return Site("relu²", node, down=down, up=Linear(sparsify, x, _tensor_of(weight), bias, False), rewritten=True)
     if is_our_op(sparsify, "linear_relu2_sparsify"):
         x, weight, bias = (argument(sparsify, i, name) for i, name in enumerate(("x", "weight", "bias")))

@@ -15,7 +15,7 @@ In training: the gradient by the hidden activation stays packed, from one matmul
 
     out, _, _        = ao_act24.relu2_ffn(x, W1, b1, W2, b2, weight_grads == "sparse", where that pays)
 
-In fp8, data and scales being read from torchao's tensors, which it makes of ``x``, too ::
+In fp8, data and scales being read from torchao's weights, and made of ``x`` by ``rows_to_fp8`` ::
 
     packed, metadata, row_scale = ao_act24.linear_relu2_sparsify_fp8(x_data, x_scale, W1_data, W1_scale, b1, dtype)
 
@@ -83,11 +83,9 @@ def fuse(graph: Graph, config: Act24Config) -> None:
 def _fuse_in_fp8(three: Node, up: Linear) -> None:
     """As above. Not where the packing stood, either."""
     emit = Emitter(up.node)
-    parts = []
-    for tensor in (emit.call(rows_to_fp8, up.input), up.weight):
-        scale = emit.call(getattr, tensor, "scale")
-        parts += [emit.call(getattr, tensor, "qdata"), emit.method("squeeze", scale, -1)]
-    fused = emit.call(ops_fp8.linear_relu2_sparsify_fp8.default, *parts, up.bias, value(up.node).dtype)
+    x = emit.inlined(rows_to_fp8, up.input)
+    weight = emit.call(getattr, up.weight, "qdata"), emit.method("flatten", emit.call(getattr, up.weight, "scale"))
+    fused = emit.call(ops_fp8.linear_relu2_sparsify_fp8.default, *x, *weight, up.bias, value(up.node).dtype)
     three.replace_all_uses_with(fused)
     three.graph.erase_node(three)
     three.graph.erase_node(up.node)
@@ -96,6 +94,8 @@ def _fuse_in_fp8(three: Node, up: Linear) -> None:
 def _has_fp8_kernel(up: Linear) -> bool:
     x, h, bias = value(up.input), value(up.node), value(up.bias)
     if x is None or h is None or not _alike(up.node, up.input) or x.dtype != h.dtype:
+        return False
+    if not value(up.weight).qdata.is_contiguous():  # it would be copied at each call
         return False
     if up.bias is not None and not (_alike(up.node, up.bias) and bias.dtype == h.dtype and bias.ndim == 1):
         return False

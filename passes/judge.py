@@ -1,12 +1,14 @@
 """Decide about a site that has the right form: do shapes, dtypes and devices allow 2:4, and is there code to run it?"""
 
 import math
+from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.config import Act24Config
-from ao_act24.fp8 import HOW_TO_CONVERT, INFERENCE_ONLY, is_fp8, why_not_by_rows
+from ao_act24.fp8 import HOW_TO_CONVERT, INFERENCE_ONLY, NOT_CONVERTED, is_fp8, why_not_by_rows
 from ao_act24.kernels.plans import ELEMENTS
 from ao_act24.ops import DTYPES
 from ao_act24.when import why_dense
@@ -14,7 +16,7 @@ from ao_act24.when import why_dense
 from .find import Site
 from .fuse import packs_itself, why_apart
 from .rewrite import narrow_source
-from .vocabulary import cast_dtype, known_weight, same_size, value
+from .vocabulary import Linear, cast_dtype, known_weight, same_size, submodule, value
 
 
 def judge(site: Site, config: Act24Config) -> str:
@@ -54,8 +56,9 @@ def judge(site: Site, config: Act24Config) -> str:
     tokens = None if out is None else math.prod(out.shape[:-1])
     model_dim = None if weight is None else weight.shape[1 if transposed else 0]
     training = h is not None and h.requires_grad
+    grad = training or (out is not None and out.requires_grad)  # of the second bias alone
     in_fp8 = config.dtype == "fp8" or is_fp8(weight)
-    if in_fp8 and (reason := _why_not_fp8(site, config, training, dtypes)):
+    if in_fp8 and (reason := _why_not_fp8(site, config, grad, dtypes)):
         return reason
     stored = weight.qdata if is_fp8(weight) else weight
     in_rows = stored is None or (stored.t() if transposed else stored).is_contiguous()
@@ -67,32 +70,44 @@ def judge(site: Site, config: Act24Config) -> str:
     return ""
 
 
-def _why_not_fp8(site: Site, config: Act24Config, training: bool, dtypes: set[torch.dtype]) -> str:
+def _why_not_fp8(site: Site, config: Act24Config, grad: bool, dtypes: set[torch.dtype]) -> str:
     """``dtypes``: of the activation and of the result."""
     assert site.relu2 is not None and site.up is not None and site.down is not None
-    if training:
+    if grad:
         return INFERENCE_ONLY
     (up, _), (down, transposed) = known_weight(site.up), known_weight(site.down)
     if transposed:
         return "a weight in fp8 must be [outputs, inputs]"
-    if not is_fp8(down):
-        wrong = [weight.dtype for weight in (up, down) if weight is not None and weight.dtype != torch.bfloat16]
-        if wrong:
-            return f"only bfloat16 weights are converted to fp8, got {wrong[0]}"
-        if not config.emulate:
-            return f"the weights are not in fp8 yet: {HOW_TO_CONVERT}"
-        if site.up.transposed or any(known is None for known in (site.up.weight, site.down.weight, up, down)):
-            return "only weights [outputs, inputs] that the graph knows can be converted to fp8 at each call"
-    elif reason := why_not_by_rows(down):
-        return f"the down projection's weight is in fp8, but not by rows with an activation by rows: {reason}"
     if dtypes - set(ELEMENTS):
-        return f"fp8 takes bfloat16 and float16 activations, got {', '.join(sorted(map(str, dtypes)))}"
+        return f"fp8 takes bfloat16 and float16 activations, got {', '.join(sorted(map(str, dtypes - set(ELEMENTS))))}"
     if len(dtypes) > 1 or narrow_source(site.relu2) is None:
         return "the activation is cast on its way, which fp8 does not take"
-    bias = value(site.down.bias)
+    bias = _bias(site.down)
     if bias is not None and bias.dtype not in dtypes:
         return f"the down projection's bias must have the dtype of its result, {dtypes.pop()}, got {bias.dtype}"
+    if is_fp8(down):
+        reason = why_not_by_rows(down)
+        return reason and f"the down projection's weight is in fp8, but not as 2:4 takes it: {reason}"
+    wrong = [weight.dtype for weight in (up, down) if weight is not None and weight.dtype != torch.bfloat16]
+    if wrong:
+        return f"only bfloat16 weights are converted to fp8, got {wrong[0]}"
+    if odd := [
+        size for weight in (up, down) if weight is not None for size in weight.shape if not same_size(size % 16, 0)
+    ]:
+        return f"only weights of sizes divisible by 16 are converted to fp8, got {odd[0]}"
+    if isinstance(down, torch.Tensor) and maybe_get_fake_mode(down) is None:  # a module's own, not Dynamo's
+        return NOT_CONVERTED
+    if not config.emulate:
+        return f"the weights are not in fp8 yet: {HOW_TO_CONVERT}"
+    if any(linear.transposed or linear.weight is None for linear in (site.up, site.down)) or up is None:
+        return "only weights [outputs, inputs] that the graph knows can be converted to fp8 at each call"
+    if (x := value(site.up.input)) is not None and x.dtype not in dtypes:
+        return f"the input must have the dtype of the result, as torchao ignores autocast, got {x.dtype}"
     return ""
+
+
+def _bias(linear: Linear) -> Any:
+    return submodule(linear.node).bias if linear.weight is None else value(linear.bias)
 
 
 def hidden_size(site: Site):  # type: ignore[no-untyped-def]  # int, SymInt or None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from ao_act24.config import Act24Config
 from ao_act24.fp8 import is_fp8
 from ao_act24.kernels.reference import E4M3
 
@@ -123,7 +124,7 @@ class Report:
         return as_text(self)
 
 
-def describe(site: Site, reason: str) -> Verdict:
+def describe(site: Site, reason: str, config: Act24Config) -> Verdict:
     """The verdict on ``site``; call it before the site is rewritten, while its nodes are there."""
     h = value(site.relu2.h) if site.relu2 else None
     weight = known_weight(site.down)[0] if site.down else None
@@ -133,7 +134,7 @@ def describe(site: Site, reason: str) -> Verdict:
     if hidden is None and site.up is not None and value(site.up.node) is not None:
         hidden = value(site.up.node).shape[-1]
     like = next((tensor for tensor in (h, out, weight) if tensor is not None), None)
-    in_fp8 = is_fp8(weight) or getattr(weight, "dtype", None) == E4M3
+    in_fp8 = is_fp8(weight) or getattr(weight, "dtype", None) == E4M3 or (config.dtype == "fp8" and not reason)
     return Verdict(
         path=_module_path(site),
         activation=site.activation,

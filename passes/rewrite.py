@@ -20,6 +20,7 @@ once anyway. A tensor that is cast like ReLU² or ``h`` (``weight.type_as(y)``) 
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,6 +113,18 @@ class Emitter:
     def method(self, target: str, *args: Any) -> Node:
         with self.graph.inserting_before(self.anchor):
             return self._annotate(self.graph.create_node("call_method", target, args))
+
+    def inlined(self, function: Callable[..., Any], *args: Node) -> Any:
+        """What a function that ``torch.fx`` can trace would return, its operations as nodes."""
+        traced = torch.fx.symbolic_trace(function).graph
+        made = dict(zip(traced.find_nodes(op="placeholder"), args))
+        for node in traced.nodes:
+            if node.op == "output":
+                return map_arg(node.args[0], made.__getitem__)
+            if node.op != "placeholder":
+                with self.graph.inserting_before(self.anchor):
+                    made[node] = self._annotate(self.graph.node_copy(node, made.__getitem__))
+        raise AssertionError("a graph without an output")
 
     def attribute(self, path: str) -> Node:
         with self.graph.inserting_before(self.anchor):

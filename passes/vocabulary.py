@@ -244,8 +244,11 @@ def known_weight(linear: Linear) -> tuple[Any, bool]:
     """A linear layer's weight as the graph knows it (fake, real, or None), and whether it is ``[inputs, outputs]``."""
     if linear.weight is None:
         return submodule(linear.node).weight, False
-    origin = weight_origin(linear.weight)
-    return value(origin.node), origin.transposed != linear.transposed
+    weight, transposed = linear.weight, linear.transposed
+    if transposed and is_transpose(weight):
+        weight, transposed = weight.args[0], False  # type: ignore[assignment]
+    origin = weight_origin(weight)
+    return value(origin.node), origin.transposed != transposed
 
 
 class Origin(NamedTuple):

@@ -12,7 +12,8 @@ from mlp import MLP
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import ao_act24
-from ao_act24.kernels import cuda, layout, reference
+from ao_act24.fp8 import to_torchao
+from ao_act24.kernels import cuda, reference
 
 pytestmark = needs_hopper
 E4M3 = torch.float8_e4m3fn
@@ -143,9 +144,9 @@ def test_torchaos_kernel_gives_the_same(tokens, model_dim, hidden_dim):
     if not hasattr(torch.ops.torchao, "rowwise_scaled_linear_sparse_cutlass_f8f8"):
         pytest.skip("this torchao has no sparse fp8 kernel")
     packed, metadata, scale, weight, weight_scale = operands(tokens, model_dim, hidden_dim)
-    theirs = layout.to_cutlass_sm90_fp8(layout.to_rows(metadata, tokens, hidden_dim))
+    theirs = to_torchao(packed, metadata, scale, torch.bfloat16)
     want = ops.rowwise_scaled_linear_sparse_cutlass_f8f8(
-        weight, weight_scale, packed, theirs, scale, out_dtype=torch.bfloat16
+        weight, weight_scale, theirs.qdata, theirs.sparse_metadata, theirs.scale.squeeze(-1), out_dtype=torch.bfloat16
     ).t()
     got = cuda.sparse_mm_fp8(packed, metadata, scale, weight, weight_scale, None, torch.bfloat16)
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)

@@ -14,15 +14,18 @@ from mlp import MLP
 from oracle import mask24, relative_error
 from torch import nn
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
+from torchao.quantization.quantize_ import workflows
 
 import ao_act24
 from ao_act24 import Act24Config, Act24Warning, fp8
+from ao_act24.kernels import reference
 from ao_act24.passes import graph_modules, rewrite_graph
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 FP8 = Act24Config(dtype="fp8")
 EMULATED = Act24Config(dtype="fp8", emulate=True)
 CLOSE = 4e-3  # two roundings to bfloat16
+fp8_sparse_is_missing = not hasattr(workflows, "Float8Sparse2x4_2DData2DMetadataTensor")  # before torchao 0.18
 pytestmark = pytest.mark.filterwarnings("ignore:Float8Tensor does not implement")
 
 
@@ -134,7 +137,7 @@ def activation(**changed):
     return from_hp(act_quant_kwargs=fp8.QuantizeTensorToFloat8Kwargs(**changed))
 
 
-NOT_BY_ROWS = "the down projection's weight is in fp8, but not by rows with an activation by rows: "
+NOT_BY_ROWS = "the down projection's weight is in fp8, but not as 2:4 takes it: "
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,11 @@ NOT_BY_ROWS = "the down projection's weight is in fp8, but not by rows with an a
         (from_hp(act_quant_kwargs=None), "its activation stays in 16 bits"),
         (activation(float8_dtype=torch.float8_e5m2), "it is in torch.float8_e4m3fn, torch.float8_e5m2"),
         (activation(hp_value_ub=1.0), "the activation's scale is bounded"),
+        (activation(hp_value_lb=1.0), "the activation's scale is bounded"),
+        (
+            from_hp(mm_config=fp8.Float8MMConfig(use_fast_accum=False)),
+            "its products are not accumulated fast (use_fast_accum=False)",
+        ),
     ],
 )
 def test_other_fp8_weights_stay_dense(how, why):
@@ -180,10 +188,14 @@ def test_weights_of_16_bits_belong_to_the_model():
     assert got.startswith('the weights are not in fp8 yet: sparsify_(model, Act24Config(dtype="fp8")), or torchao')
     assert reason(mlp, x, EMULATED) == ""
     assert torch.equal(rewritten(mlp, EMULATED)(x), rewritten(convert(copy.deepcopy(mlp)))(x))
-    wide = dense_mlp(torch.float32)
     for config in (FP8, EMULATED):
+        half, wide = dense_mlp(torch.float16), dense_mlp(torch.float32)
+        got = reason(half, data(dtype=torch.float16), config)
+        assert got == "only bfloat16 weights are converted to fp8, got torch.float16"
         got = reason(wide, data(dtype=torch.float32), config)
-        assert got == "only bfloat16 weights are converted to fp8, got torch.float32"
+        assert got == "fp8 takes bfloat16 and float16 activations, got torch.float32"
+        got = reason(dense_mlp(hidden=264), x, config)
+        assert got == "only weights of sizes divisible by 16 are converted to fp8, got 264"
 
 
 def test_sparsify_converts_what_it_rewrites():
@@ -213,37 +225,225 @@ def test_sparsify_takes_a_converted_model():
 
 
 class Functional(nn.Module):
-    """Weights of its own, the second one read in two places."""
+    """Weights of its own."""
 
     def __init__(self):
         super().__init__()
         mlp = dense_mlp()
         self.up_weight, self.bias, self.down_weight = mlp.up.weight, mlp.up.bias, mlp.down.weight
-        self.head = nn.Linear(256, 64, bias=False)
-        self.head.weight = self.down_weight
 
     def forward(self, x):
         return F.linear(F.relu(F.linear(x, self.up_weight, self.bias)).square(), self.down_weight)
 
 
-def test_a_shared_weight_stays_shared():
-    model, x = Functional(), data()
-    report = ao_act24.sparsify_(model, FP8)
-    assert len(report.rewritten) == 1
-    assert isinstance(model.down_weight, Float8Tensor) and model.head.weight is model.down_weight
-    mlp = MLP(dim=64, hidden=256)
-    mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias = model.up_weight, model.bias, model.down_weight, None
-    assert relative_error(model(x), oracle(mlp, x)) <= CLOSE
+class Tied(nn.Module):
+    def __init__(self, other):
+        super().__init__()
+        self.first, self.other = Functional(), other
+        other.weight = self.first.down_weight
+
+    def forward(self, x):
+        return self.first(x) + self.other(self.first(x)).sum()
+
+
+class SecondFFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.bias = dense_mlp().up, nn.Parameter(torch.zeros(64, dtype=BF16))
+
+    def forward(self, x):
+        return F.linear(F.relu(self.up(x)).square(), self.weight, self.bias)
+
+
+class BufferedWeight(Functional):
+    def __init__(self):
+        super().__init__()
+        weight = self.down_weight.detach()
+        del self.down_weight
+        self.register_buffer("down_weight", weight)
+
+
+class ByInputs(Functional):
+    def __init__(self):
+        super().__init__()
+        self.up_weight = nn.Parameter(self.up_weight.t().contiguous())
+
+    def forward(self, x):
+        return F.linear(F.relu(x @ self.up_weight + self.bias).square(), self.down_weight)
+
+
+class AlsoRead(Functional):
+    def forward(self, x):
+        return super().forward(x) + self.down_weight.float().square().sum().to(x.dtype)
+
+
+class CastOnItsWay(Functional):
+    def forward(self, x):
+        y = F.relu(F.linear(x, self.up_weight, self.bias)).float().square().half().to(x.dtype)
+        return F.linear(y, self.down_weight)
+
+
+class WideBias(Functional):
+    def forward(self, x):
+        return F.linear(F.relu(F.linear(x, self.up_weight, self.bias)).square(), self.down_weight, self.wide)
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Parameter(torch.zeros(64))
+
+
+class NoisyInTraining(Functional):
+    def forward(self, x):
+        h = F.linear(x, self.up_weight, self.bias)
+        return F.linear(F.relu(h + torch.randn_like(h) if self.training else h).square(), self.down_weight)
+
+
+@pytest.mark.parametrize("other", [SecondFFN, lambda: nn.Linear(256, 64, bias=False)], ids=["an FFN", "a linear layer"])
+def test_a_shared_weight_stays_shared(other):
+    model, x = Tied(other()), data()
+    dense = copy.deepcopy(model)
+    converted = isinstance(model.other, SecondFFN)
+    if converted:
+        assert len(ao_act24.sparsify_(model, FP8).rewritten) == 2
+        assert isinstance(model.first.down_weight, Float8Tensor)
+        assert relative_error(model.first(x), dense.first(x)) < 0.2
+    else:
+        with pytest.warns(Act24Warning, match=r"sparsify_ converts parameters \[outputs, inputs\] that nothing but"):
+            ao_act24.sparsify_(model, FP8)
+        assert torch.equal(model.first(x), dense.first(x))
+    assert model.other.weight is model.first.down_weight
+
+
+@pytest.mark.filterwarnings("ignore:ao_act24.sparsify_ rewrote nothing")
+@pytest.mark.parametrize("kind", [BufferedWeight, ByInputs, AlsoRead, CastOnItsWay, WideBias, NoisyInTraining])
+@pytest.mark.parametrize("config", [FP8, EMULATED], ids=["fp8", "emulated"])
+def test_sparsify_converts_nothing_that_then_stays_dense(kind, config):
+    model, x = kind().eval(), data()
+    before, want = [*model.parameters(), *model.buffers()], None if kind is WideBias else model(x)
+    report = ao_act24.sparsify_(model, config)
+    assert not report.rewritten
+    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], before, strict=True))
+    assert kind is WideBias or torch.equal(model(x), want)
 
 
 def test_sparsify_says_what_it_does_not_convert():
     for model, why in (
-        (dense_mlp(torch.float32), "only bfloat16 weights are converted to fp8, got torch.float32"),
+        (dense_mlp(torch.float16), "only bfloat16 weights are converted to fp8, got torch.float16"),
         (dense_mlp(hidden=258), "the hidden size must be divisible by 4, got 258"),
+        (dense_mlp(hidden=264), "only weights of sizes divisible by 16 are converted to fp8, got 264"),
+        (ByInputs(), "sparsify_ converts parameters"),
     ):
         with pytest.warns(Act24Warning, match=why):
             ao_act24.sparsify_(model, FP8)
         assert not any(isinstance(parameter, Float8Tensor) for parameter in model.parameters())
+
+
+def test_sparsify_again_in_fp8():
+    mlp, x = dense_mlp(), data()
+    ao_act24.sparsify_(mlp)
+    in_bf16 = mlp(x)
+    (verdict,) = ao_act24.sparsify_(mlp, FP8)
+    assert verdict.dtype == "float8_e4m3fn" and not torch.equal(mlp(x), in_bf16)
+    assert relative_error(mlp(x), oracle(mlp, x)) <= CLOSE
+
+
+def test_rows_of_zeros():
+    """torchao's own conversion makes NaN of them."""
+    mlp, x = dense_mlp(), data()
+    with torch.no_grad():
+        mlp.up.weight[5] = mlp.down.weight[3] = x[7] = 0
+        mlp.up.bias[:128] = -100
+    ao_act24.sparsify_(mlp, FP8)
+    for out in (mlp(x), type(mlp).forward(mlp, x), rewritten(mlp)(x)):
+        assert out.isfinite().all() and torch.equal(out[:, 3], mlp.down.bias[3].expand(len(x)))
+    zero = dense_mlp()
+    with torch.no_grad():
+        zero.down.weight.zero_()
+    (layer,) = ao_act24.measure(zero, x, config=FP8).layers
+    assert (layer.error, layer.fp8_error) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "change, given, message",
+    [
+        (
+            lambda mlp: None,
+            {"dtype": torch.float16},
+            r"the input became torch\.float16, in fp8 it must be torch\.bfloat16",
+        ),
+        (lambda mlp: mlp.down.bias.data.__class__, {"dtype": torch.float32}, r"the input became torch\.float32"),
+        (
+            lambda mlp: setattr(mlp.down, "bias", nn.Parameter(mlp.down.bias.half())),
+            {},
+            r"down\.bias became torch\.float16",
+        ),
+        (
+            lambda mlp: setattr(
+                mlp.down, "weight", nn.Parameter(activation(hp_value_ub=1.0)(torch.ones(64, 256).to(BF16)), False)
+            ),
+            {},
+            "down.weight is in fp8, but the activation's scale is bounded",
+        ),
+    ],
+    ids=["fp16 input", "fp32 input", "fp16 bias", "a bounded weight"],
+)
+def test_other_dtypes_after_sparsify_run_dense(change, given, message):
+    mlp, x = dense_mlp(), data(**given)
+    ao_act24.sparsify_(mlp, FP8)
+    change(mlp)
+    try:
+        want = type(mlp).forward(mlp, x)
+    except RuntimeError:
+        want = None  # nor does torchao take it
+    with pytest.warns(Act24Warning, match=message):
+        if want is None:
+            with pytest.raises(RuntimeError):
+                mlp(x)
+        else:
+            assert torch.equal(mlp(x), want)
+
+
+def test_autocast():
+    """torchao's tensors ignore it."""
+    mlp, x = convert(dense_mlp()), data()
+    want = oracle(mlp, x)
+    with torch.autocast("cpu", BF16):
+        assert relative_error(rewritten(mlp)(x), want) < 0.03, "x is rounded to fp8 otherwise"
+        assert reason(dense_mlp(), data(dtype=torch.float32), EMULATED) == (
+            "the input must have the dtype of the result, as torchao ignores autocast, got torch.float32"
+        )
+
+
+def test_only_the_second_bias_is_trained():
+    mlp = convert(dense_mlp()).requires_grad_(False)
+    mlp.down.bias.requires_grad_()
+    with torch.enable_grad():
+        assert reason(mlp, data()) == "fp8 has no gradients: in 2:4 it runs under torch.no_grad()"
+
+
+def test_a_product_with_a_transposed_weight():
+    mlp, x = convert(dense_mlp()), data()
+    mlp.down.bias = None
+    got = rewritten(lambda x: F.relu(mlp.up(x)).square() @ mlp.down.weight.t())(x)
+    assert relative_error(got, oracle(mlp, x)) <= CLOSE
+
+
+def test_lossless_to_torchao_and_back():
+    packed, metadata, scale = reference.relu2_sparsify_fp8(data(128, dim=512))
+    if fp8_sparse_is_missing:
+        with pytest.raises(NotImplementedError, match=r"torchao >= 0\.18"):
+            fp8.to_torchao(packed, metadata, scale, BF16)
+        return
+    theirs = fp8.to_torchao(packed, metadata, scale, BF16)
+    assert type(theirs).__name__ == "Float8Sparse2x4_2DData2DMetadataTensor"
+    assert (theirs.shape, theirs.dtype) == ((128, 512), BF16) and torch.equal(theirs.scale, scale.unsqueeze(-1))
+    back = fp8.from_torchao(theirs)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(back, (packed, metadata, scale)))
+    for tokens, hidden_dim in ((32, 512), (64, 64)):
+        with pytest.raises(ValueError, match=rf"divisible by \(64, 128\), got \({tokens}, {hidden_dim // 2}\)"):
+            fp8.to_torchao(*reference.relu2_sparsify_fp8(data(tokens, dim=hidden_dim)), BF16)
+    with pytest.raises(TypeError, match="got Tensor"):
+        fp8.from_torchao(packed)
 
 
 def test_state_dict_is_saved_and_loaded():
@@ -301,6 +501,12 @@ def test_measure():
     weights.down.weight, weights.down.bias = nn.Parameter(converted.down.weight.dequantize()), mlp.down.bias
     same_weights = weights.down(F.relu(converted.up(x)).square())
     assert now.fp8_error == pytest.approx(relative_error(dense, same_weights)) and now.fp8_error < layer.fp8_error
+    whole = ao_act24.measure(mlp, x, config=FP8, loss=lambda out: out.float().square().mean())
+    assert whole.layers[0].tokens == 256, "counted once"
+    assert whole.error_in_16_bits == pytest.approx(relative_error(sparse, exact))
+    assert whole.loss_in_16_bits == pytest.approx(float(exact.float().square().mean()))
+    assert whole.output_error == pytest.approx(layer.error) and "over 16 bits" in str(whole)
+    assert after.error_in_16_bits is None and after.loss_in_16_bits is None
     assert "fp8 alone" in str(after) and "across tokens" not in str(after)
     ao_act24.sparsify_(converted)
     assert ao_act24.measure(converted, x).layers[0].error == layer.error
