@@ -84,8 +84,8 @@ def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``reference.sparse_mm``: fp32 accumulation, rounded once. Deterministic.
 
-    The kernel takes H and D divisible by 64, and, without a bias, also a weight that is a transposed ``[H, D]``. For
-    another D the weight is copied into a larger one; for another H this unpacks and multiplies dense.
+    The kernel takes H and D divisible by 64, and also a weight that is a transposed ``[H, D]``. For another D the weight
+    is copied into a larger one; for another H this unpacks and multiplies dense.
     """
     index = packed.get_device()
     if index != torch._C._cuda_getDevice():
@@ -95,7 +95,7 @@ def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | N
         more = -weight.shape[0] % 64
         weight, bias = pad(weight, (0, 0, 0, more)), None if bias is None else pad(bias, (0, more))
         return sparse_mm(packed, metadata, weight, bias)[..., :-more].contiguous()
-    transposed = bias is None and not weight.is_contiguous() and weight.t().is_contiguous()
+    transposed = not weight.is_contiguous() and weight.t().is_contiguous()
     plan = PLANS.sparse_mm(packed.shape, weight.shape, transposed, packed.dtype, index)
     if plan is None:
         return linear(reference.unpack(packed, metadata), weight, bias)

@@ -1,6 +1,6 @@
 // out[T, D] = unpack(packed[T, H/2], metadata) @ weight[D, H]^T + bias[D], 16-bit floats, fp32 accumulation. See tiles.cuh.
 //
-// With B_MN, weight is [H, D] and there is no bias: the gradient of x. With A_MN besides, packed is [T/2, H], metadata [H, T], weight
+// With B_MN, weight is [H, D]: the gradient of x, or a weight that has a row for each neuron. With A_MN besides, packed is [T/2, H], metadata [H, T], weight
 // [T, D] and out [H, D], or TRANSPOSED [D, H], two of every four tokens being kept for each feature: the gradient of a weight. Features
 // whose slot is not negative get that row of `exact` instead.
 
@@ -54,7 +54,7 @@ struct SparseMM {
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
       const int column = RUN / 8 * i;
       if (tile.column + column >= shape.columns) return;
-      const uint4 biases = B_MN || bias == nullptr ? uint4() : __ldg((const uint4*)(bias + place.column + column));
+      const uint4 biases = A_MN || bias == nullptr ? uint4() : biases_of(tile, place, column);
       const u32 two[4] = {biases.x, biases.y, biases.z, biases.w};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -71,6 +71,13 @@ struct SparseMM {
         store_four(line + 8 * half * (i64)shape.columns + column, eight);
       }
     }
+  }
+
+  // Of a thread's eight columns from `column` on, before they are exchanged.
+  __device__ __forceinline__ uint4 biases_of(const Tile& tile, const Place& place, int column) const {
+    if (!B_MN) return __ldg((const uint4*)(bias + place.column + column));
+    const u32* words = (const u32*)(bias + tile.column + column + thread_index() % 4 * 2);
+    return make_uint4(__ldg(words), __ldg(words + 4), __ldg(words + 8), __ldg(words + 12));
   }
 
   // Of eight rows.
