@@ -27,6 +27,7 @@ from ao_act24.config import Act24Config  # noqa: E402
 from ao_act24.explain import explain  # noqa: E402
 from ao_act24.graphs import CapturedGraphs, capture_graphs  # noqa: E402
 from ao_act24.measure import Layer, Measurement, measure  # noqa: E402
+from ao_act24.neuron_major import neuron_major_  # noqa: E402
 from ao_act24.passes import Act24Warning, Report, Verdict  # noqa: E402
 from ao_act24.phases import Schedule  # noqa: E402
 from ao_act24.tensor import Sparse24Tensor  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
     "capture_graphs",
     "explain",
     "measure",
+    "neuron_major_",
     "ops",
     "ops_fp8",
     "sparsify_",

@@ -205,3 +205,10 @@ for _name, _backward, _setup in (
     ("relu2_ffn", _relu2_ffn_backward, _save_ffn),
 ):
     torch.library.register_autograd(f"ao_act24::{_name}", _backward, setup_context=_setup)
+
+
+def _active_ffn_backward(ctx: Any, grad: Tensor) -> None:
+    raise NotImplementedError("ao_act24::active_ffn has no gradient: it is for inference, under torch.no_grad()")
+
+
+torch.library.register_autograd("ao_act24::active_ffn", _active_ffn_backward)

@@ -86,6 +86,8 @@ def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | No
 def _remark(site: Site, config: Act24Config) -> str:
     """What the verdict on a site that runs in 2:4 does not say."""
     h, out = (value(node) for node in (site.relu2 and site.relu2.h, site.down and site.down.node))
+    if site.few:
+        return "few tokens: exactly, by the neurons that fire alone"
     if site.rewritten or h is None or out is None:
         return ""
     *tokens, model_dim = out.shape

@@ -32,6 +32,7 @@ KERNELS = (  # functions of kernels.cuda, each named as its operator
     "linear_relu2_sparsify",
     "sparse_mm",
     "relu2_ffn",
+    "active_ffn",
     "grad_hidden",
     "feature_wise",
     "densest",

@@ -8,6 +8,10 @@
     sparse_mm(packed, metadata, weight, bias)     -> out                   unpack(packed, metadata) @ weight.T + bias
     sampled_mm(grad, weight, metadata)            -> packed                gather(grad @ weight, metadata)
 
+for few tokens both matmuls in one, exactly::
+
+    active_ffn(x, up, up_bias, down, down_bias)   -> out       relu(x @ up.T + up_bias)**2 @ down.T + down_bias
+
 for training both matmuls in one, and what its gradient is made of, without gradients of their own::
 
     relu2_ffn(x, up, up_bias, down, down_bias, feature_wise)   -> out, packed, metadata
@@ -276,7 +280,7 @@ _define(
 
 
 def _check_ffn(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, feature_wise: bool
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, feature_wise: bool = False
 ) -> None:
     _check_linear(x, up, up_bias)
     _check_weight(down, 1, up.shape[0], "up")
@@ -284,7 +288,7 @@ def _check_ffn(
     _check_bias(down_bias, down, "x", x)
 
 
-def _plain_ffn(x, up, up_bias, down, down_bias, feature_wise):  # type: ignore[no-untyped-def]
+def _plain_ffn(x, up, up_bias, down, down_bias, feature_wise=False):  # type: ignore[no-untyped-def]
     return (
         _plain_linear(x, up, up_bias)
         and down.dim() == 2
@@ -379,6 +383,13 @@ _define(
     (cuda.relu2_ffn, _plain_ffn),
 )
 _define(
+    "active_ffn(Tensor x, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias) -> Tensor",
+    _check_ffn,
+    reference.active_ffn,
+    lambda x, up, up_bias, down, down_bias: x.new_empty((*x.shape[:-1], down.shape[0])),
+    (cuda.active_ffn, _plain_ffn),
+)
+_define(
     "grad_hidden(Tensor grad, Tensor down, Tensor packed, Tensor metadata) -> Tensor",
     _check_grad_hidden,
     reference.grad_hidden,
@@ -449,6 +460,7 @@ unpack = torch.ops.ao_act24.unpack
 sparse_mm = torch.ops.ao_act24.sparse_mm
 sampled_mm = torch.ops.ao_act24.sampled_mm
 relu2_ffn = torch.ops.ao_act24.relu2_ffn
+active_ffn = torch.ops.ao_act24.active_ffn
 grad_hidden = torch.ops.ao_act24.grad_hidden
 feature_wise = torch.ops.ao_act24.feature_wise
 densest = torch.ops.ao_act24.densest

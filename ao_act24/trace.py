@@ -211,3 +211,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 def matrices(module: nn.Module) -> int:
     return sum(parameter.ndim == 2 for parameter in module.parameters())
+
+
+def may_hold_ffn(module: nn.Module) -> bool:
+    """Whether a module has two matrices or more, its own or of children: then its forward is looked at."""
+    own = sum(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
+    own += sum(min(matrices(child), 1) for child in module.children())  # several: say a LoRA adapter around one
+    return own >= 2 and not is_patched(module)

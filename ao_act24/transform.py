@@ -32,7 +32,7 @@ from ao_act24.passes.find import find_sites
 from ao_act24.passes.judge import judge
 from ao_act24.passes.vocabulary import Linear, ancestors, as_linear, cast_dtype, is_our_op, known_weight, weight_origin
 from ao_act24.phases import ignored
-from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, matrices, required_names, trace
+from ao_act24.trace import attribute, forward_parameters, is_hooked, is_patched, may_hold_ffn, required_names, trace
 from ao_act24.when import MIN_DIM, least_tokens, why_dense
 
 _Forward = Callable[..., Any]
@@ -97,7 +97,7 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         verdicts.extend(verdict.within(path) for verdict in module.forward._act24_verdicts)  # type: ignore[attr-defined]
     for name, child in module.named_children():
         _visit(child, f"{path}.{name}".lstrip("."), config, verdicts, warned)
-    if not _may_hold_ffn(module):
+    if not may_hold_ffn(module):
         return
     train, evaluate = (trace(module, training) for training in (True, False))
     if train is None or evaluate is None:
@@ -117,12 +117,6 @@ def _visit(module: nn.Module, path: str, config: Act24Config, verdicts: list[Ver
         module._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, module)  # type: ignore[method-assign]
 
 
-def _may_hold_ffn(module: nn.Module) -> bool:
-    own = sum(parameter.ndim == 2 for parameter in module.parameters(recurse=False))
-    own += sum(min(matrices(child), 1) for child in module.children())  # several: say a LoRA adapter around one
-    return own >= 2 and not is_patched(module)
-
-
 Slot = tuple[int, str]  # of a parameter: the module (its id), and the name there
 
 
@@ -136,7 +130,7 @@ def _convert(model: nn.Module, config: Act24Config) -> None:
         if parameter is not None
     }
     blocks: set[tuple[Slot, Slot]] = set()
-    for module in filter(_may_hold_ffn, model.modules()):
+    for module in filter(may_hold_ffn, model.modules()):
         traced = [trace(module, training) for training in (True, False)]
         if all(traced):
             blocks |= set.intersection(*(_convertible(module, each, config) for each in traced if each))
@@ -365,7 +359,7 @@ def _stays_dense(module: nn.Module, generated: _Generated, inputs: list[Tensor])
         weight = attribute(module, path).t() if transposed else attribute(module, path)
         dtype = _dtype(inputs[0], weight, cast)
         model_dim, hidden_dim = weight.shape
-        in_rows = (weight.qdata if in_fp8 else weight).is_contiguous()
+        in_rows = weight.qdata.is_contiguous() if in_fp8 else weight.is_contiguous() or weight.t().is_contiguous()
         size = (tokens, model_dim, hidden_dim, in_rows, False, False)
         if reason := why_dense(device, dtype, *size, generated.config, generated.least[path]):
             return reason

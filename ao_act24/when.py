@@ -64,7 +64,7 @@ import functools
 
 import torch
 
-from ao_act24.kernels import cuda, schedule
+from ao_act24.kernels import cuda, plans, schedule
 from ao_act24.phases import PHASE
 
 MIN_TOKENS = 512
@@ -81,8 +81,9 @@ def why_dense(  # type: ignore[no-untyped-def]
 ) -> str:
     """Why an FFN of this size stays dense; empty if it runs in 2:4. A size (int or SymInt) may be None: not known yet.
 
-    ``in_rows``: the down projection's weight lies in memory as ``[model_dim, hidden_dim]``, row after row. ``packs``:
-    the first matmul packs its own result. ``least``: ``least_tokens``, where it is known.
+    ``in_rows``: the down projection's weight lies in memory as ``[model_dim, hidden_dim]``, row after row, or, but for
+    training and fp8, as ``[hidden_dim, model_dim]``. ``packs``: the first matmul packs its own result. ``least``:
+    ``least_tokens``, where it is known.
 
     The CPU always runs the reference; so does all with ``emulate``. Comparing a SymInt installs a guard: one model then
     owns a dense and a 2:4 graph.
@@ -104,6 +105,15 @@ def _why_not_measured(device: torch.device) -> str:
     return f"when 2:4 pays was measured on a GPU of {CLUSTERS * schedule.CLUSTER} multiprocessors, this one has {found}"
 
 
+def why_not_active(device, dtype, tokens, model_dim, hidden_dim, out_dim) -> str:  # type: ignore[no-untyped-def]
+    """Why few tokens do not run exactly, by the neurons that fire alone; empty if they do. Asks for tokens last."""
+    for name, size in (("model_dim", model_dim), ("hidden_dim", hidden_dim), ("the result's size", out_dim)):
+        if size % 64:
+            return f"the kernels of few tokens take {name} divisible by 64, got {size}"
+    reason = cuda.why_not(device, dtype)
+    return reason or ("" if 0 < tokens <= plans.ACTIVE_TOKENS else "too many tokens")
+
+
 def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[no-untyped-def]
     """Why the first matmul does not pack its own result; empty if it does: faster at any size where 2:4 pays."""
     for name, size, factor in (("model_dim", model_dim, 8), ("hidden_dim", hidden_dim, 64)):
@@ -120,7 +130,7 @@ def why_slower(  # type: ignore[no-untyped-def]
         if size is not None and size % factor:
             return f"the 2:4 kernels take {name} divisible by {factor}, got {size}"
     if not in_rows:
-        return "the down projection's weight does not lie in rows of hidden_dim: 2:4 would copy it at each call"
+        return "the down projection's weight does not lie in rows: 2:4 would copy it at each call"
     if model_dim is None or hidden_dim is None:
         return ""
     least_hidden = max(MIN_TRAINING_HIDDEN_DIM, 2 * model_dim) if training else max(MIN_HIDDEN_DIM, model_dim)

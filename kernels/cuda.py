@@ -84,8 +84,8 @@ def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 def sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``reference.sparse_mm``: fp32 accumulation, rounded once. Deterministic.
 
-    The kernel takes H and D divisible by 64, and also a weight that is a transposed ``[H, D]``. For another D the weight
-    is copied into a larger one; for another H this unpacks and multiplies dense.
+    The kernel takes H and D divisible by 64, and also a weight that is a transposed ``[H, D]``. For another D the
+    weight is copied into a larger one; for another H this unpacks and multiplies dense.
     """
     index = packed.get_device()
     if index != torch._C._cuda_getDevice():

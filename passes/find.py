@@ -49,6 +49,7 @@ class Site:
     relu2: Relu2 | None = None
     reason: str = ""
     rewritten: bool = False
+    few: bool = False  # runs, or is to run, exactly, by the neurons that fire alone
 
 
 def find_sites(graph: Graph) -> list[Site]:
@@ -92,6 +93,10 @@ def _already_rewritten(node: Node) -> Site | None:
         first, second = ((argument(ffn, i, ""), argument(ffn, i + 1, "")) for i in (1, 3))  # weights and biases
         up, down = Linear(ffn, argument(ffn, 0, "x"), *first, False), Linear(node, ffn, *second, False)
         return Site("relu²", node, down=down, up=up, rewritten=True)
+    if is_our_op(node, "active_ffn"):
+        first, second = ((argument(node, i, ""), argument(node, i + 1, "")) for i in (1, 3))
+        up, down = Linear(node, argument(node, 0, "x"), *first, False), Linear(node, node, *second, False)
+        return Site("relu²", node, down=down, up=up, rewritten=True, few=True)
     in_fp8 = is_our_op(node, "sparse_mm_fp8")
     if not in_fp8 and not is_our_op(node, "sparse_mm"):
         return None

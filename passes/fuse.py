@@ -36,7 +36,7 @@ from ao_act24 import ops, ops_fp8
 from ao_act24.config import Act24Config
 from ao_act24.fingerprint import source_digest
 from ao_act24.fp8 import is_fp8, rows_to_fp8, why_not_by_rows
-from ao_act24.when import why_exact_grads, why_not_fused
+from ao_act24.when import why_exact_grads, why_not_active, why_not_fused
 
 from .find import Site
 from .relu2 import Relu2, strip
@@ -47,6 +47,7 @@ from .vocabulary import (
     as_linear,
     is_our_op,
     is_transpose,
+    known_weight,
     mutates,
     nodes_between,
     op_name,
@@ -145,6 +146,21 @@ def why_apart(site: Site) -> str:
         return reason
     between = [node for node in nodes_between(up.node, down.node) if node not in relu2.inside]
     return _why_apart(up, down.node, down.weight, down.bias, between)
+
+
+def runs_active(site: Site) -> bool:
+    """Whether a site's few tokens can run exactly by the neurons that fire, of each of which ``down`` has a row."""
+    up, down = site.up, site.down
+    if up is None or down is None or down.weight is None or why_apart(site):
+        return False
+    operands = [value(operand) for operand in (up.input, up.node, up.weight, up.bias, down.weight, down.bias)]
+    h, (weight, transposed) = value(up.node), known_weight(down)
+    by_neurons = weight if transposed else weight.t()
+    if any(operand is not None and operand.dtype != h.dtype for operand in operands) or not by_neurons.is_contiguous():
+        return False
+    hidden_dim, out_dim = by_neurons.shape
+    size = value(up.input).shape[-1], hidden_dim, out_dim
+    return not why_not_active(h.device, h.dtype, math.prod(h.shape[:-1]), *size)
 
 
 def _why_kept(up: Linear, relu2: Relu2) -> str:

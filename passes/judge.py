@@ -14,7 +14,7 @@ from ao_act24.ops import DTYPES
 from ao_act24.when import why_dense
 
 from .find import Site
-from .fuse import packs_itself, why_apart
+from .fuse import packs_itself, runs_active, why_apart
 from .rewrite import narrow_source
 from .vocabulary import Linear, cast_dtype, known_weight, same_size, submodule, value
 
@@ -60,8 +60,13 @@ def judge(site: Site, config: Act24Config) -> str:
     in_fp8 = config.dtype == "fp8" or is_fp8(weight)
     if in_fp8 and (reason := _why_not_fp8(site, config, grad, dtypes)):
         return reason
+    if not grad and not in_fp8 and not config.emulate and runs_active(site):
+        site.few = True
+        return ""
     stored = weight.qdata if is_fp8(weight) else weight
     in_rows = stored is None or (stored.t() if transposed else stored).is_contiguous()
+    if not in_rows and not in_fp8 and not training:
+        in_rows = (stored if transposed else stored.t()).is_contiguous()  # a row for each neuron
     size = (tokens, model_dim, hidden_dim, in_rows, training, training or (not in_fp8 and packs_itself(site)))
     if reason := next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), ""):
         return reason

@@ -48,6 +48,7 @@ class Verdict:
             down projection multiplies in fp8.
         source: the line of code that multiplies by the down projection.
         remark: what else ``explain`` has to say of a site that runs in 2:4.
+        few: whether it is rewritten to run exactly, by the neurons that fire alone, and not in 2:4.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Verdict:
     device: str
     source: str
     remark: str = ""
+    few: bool = False
 
     @property
     def name(self) -> str:
@@ -103,7 +105,9 @@ class Report:
 
     def summary(self) -> str:
         """One line: how many of how many."""
-        return f"{len(self.rewritten)} of {len(self)} FFN-like sites run in 2:4"
+        few = sum(v.few for v in self)
+        text = f"{len(self.rewritten) - few} of {len(self)} FFN-like sites run in 2:4"
+        return f"{text}, {few} by the neurons that fire" if few else text
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -115,7 +119,7 @@ class Report:
             table.add_column(column, overflow="fold", no_wrap=column == "site")
         for v in self.verdicts:
             shapes = f"{_shape(v.x)} → {'?' if v.hidden_dim is None else v.hidden_dim} → {_shape(v.out)}"
-            mark = Text("yes", "green") if v.rewritten else Text("no", "yellow")
+            mark = Text("few", "green") if v.few else Text("yes", "green") if v.rewritten else Text("no", "yellow")
             cells = (v.name, v.activation, shapes, f"{v.dtype} {v.device}".strip())
             table.add_row(*map(Text, cells), mark, Text(v.reason or v.remark))  # Text: brackets are no markup
         return Group(table if self.verdicts else self.summary(), *map(Text, self.notes))
@@ -146,6 +150,7 @@ def describe(site: Site, reason: str, config: Act24Config) -> Verdict:
         dtype="" if like is None else str(E4M3 if in_fp8 else like.dtype).removeprefix("torch."),
         device="" if like is None else str(like.device),
         source=_source(site.node),
+        few=site.few,
     )
 
 

@@ -13,6 +13,10 @@ After::
     packed, metadata = ao_act24.relu2_sparsify(h)
     out              = ao_act24.sparse_mm(packed, metadata, W2, b2)
 
+Few tokens of a weight that has a row for each neuron run exactly instead::
+
+    out              = ao_act24.active_ffn(x, W1, b1, W2, b2)
+
 In-between nodes keep their effect: ReLU² is pointwise and the groups lie along the last dimension, so a view or a
 cast in front of the square is done to ``h`` instead, and a cast behind it to ``packed``. Casts that only widen the
 square's arithmetic and come back to the dtype of ``h`` fall away, since ``relu2_sparsify`` squares in fp32 and rounds
@@ -55,16 +59,12 @@ def rewrite(site: Site, config: Act24Config) -> None:
         if not is_fp8(known_weight(site.up)[0]):
             first = parameters(Emitter(site.up.node), site.up)[0]
             site.up.node.replace_input_with(first, Emitter(site.up.node).call(to_fp8, first))
-    h, casts = _hoist(emit, site.relu2)
-    if in_fp8:
-        out = _in_fp8(emit, h, weight, bias, known.dtype)
+    if site.few:
+        operands = site.up.input, *parameters(emit, site.up), weight, bias
+        out = emit.instead(ops.active_ffn.default, *operands, name=f"active_ffn_{source_digest()[:8]}")
     else:
-        pair = emit.call(ops.relu2_sparsify.default, h, name="relu2_sparsify")
-        packed, metadata = (emit.call(operator.getitem, pair, i, name=name) for i, name in enumerate(PACKED[:2]))
-        for cast in casts:
-            packed = emit.again(cast, packed)
-        name = f"sparse_mm_{source_digest()[:8]}"
-        out = emit.instead(ops.sparse_mm.default, packed, metadata, weight, bias, name=name)
+        h, casts = _hoist(emit, site.relu2)
+        out = _in_fp8(emit, h, weight, bias, known.dtype) if in_fp8 else _in_24(emit, h, casts, weight, bias)
     down.replace_all_uses_with(out)
     graph = down.graph
     graph.erase_node(down)
@@ -74,11 +74,22 @@ def rewrite(site: Site, config: Act24Config) -> None:
     while not widened.users and (step := as_between(widened)):  # a cast that _hoist went around
         graph.erase_node(widened)
         widened = step.input
+    if site.few and not site.up.node.users:
+        graph.erase_node(site.up.node)
     site.rewritten = True
     site.node = out
 
 
 PACKED = ("packed", "metadata", "row_scale")
+
+
+def _in_24(emit: "Emitter", h: Node, casts: list[Between], weight: Node, bias: Any) -> Node:
+    pair = emit.call(ops.relu2_sparsify.default, h, name="relu2_sparsify")
+    packed, metadata = (emit.call(operator.getitem, pair, i, name=name) for i, name in enumerate(PACKED[:2]))
+    for cast in casts:
+        packed = emit.again(cast, packed)
+    name = f"sparse_mm_{source_digest()[:8]}"
+    return emit.instead(ops.sparse_mm.default, packed, metadata, weight, bias, name=name)
 
 
 def _in_fp8(emit: "Emitter", h: Node, weight: Node, bias: Any, dtype: torch.dtype) -> Node:

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hopper_kernels import DTYPES, needs_hopper, poison, random, untouched
+from mlp import MLP
 
+import ao_act24
 from ao_act24.kernels import cuda, reference
 
 pytestmark = needs_hopper
@@ -116,3 +118,30 @@ def test_the_same_bits_every_time_and_in_a_graph(tokens):
     arguments[0].copy_(other)  # other neurons fire
     graph.replay()
     assert torch.equal(captured, cuda.active_ffn(*arguments)) and not torch.equal(captured, want)
+
+
+def test_a_compiled_model():
+    """Few tokens by the neurons that fire, many in 2:4, of one weight."""
+    mlp = MLP(lambda h: F.relu(h).square(), dim=1024, hidden=4096).cuda().bfloat16().eval()
+    torch.nn.init.constant_(mlp.up.bias, -0.7)
+    assert ao_act24.neuron_major_(mlp) == 1
+    run = torch.compile(mlp, backend="ao_act24", fullgraph=True)
+    for tokens, name in ((4, "active_ffn"), (8192, "sparse_mm")):
+        x = random(tokens, 1024)
+        with torch.no_grad():
+            got, (code,) = torch._inductor.utils.run_and_get_code(run, x)
+            want = mlp(x)
+        assert f"ao_act24_cuda.{name}(" in code
+        assert (got.double() - want.double()).norm() < (0.005 if tokens == 4 else 0.1) * want.double().norm()
+
+
+@pytest.mark.parametrize("tokens", [4, 256])
+def test_in_cuda_graphs_of_torch(tokens):
+    mlp = MLP(lambda h: F.relu(h).square(), dim=1024, hidden=4096).cuda().bfloat16().eval()
+    ao_act24.neuron_major_(mlp)
+    run = torch.compile(mlp, backend="ao_act24", mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(5):
+            x = random(tokens, 1024)
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(run(x), mlp(x), rtol=0.02, atol=0.02)

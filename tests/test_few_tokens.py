@@ -1,0 +1,200 @@
+"""Few tokens, of a weight with a row for each neuron: exactly what dense computes. A stand-in says there is a kernel.
+
+``tests/test_active.py`` is about the kernels.
+"""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mlp import MLP, Residual
+from oracle import relative_error, relu2_24
+from torch import nn
+
+import ao_act24
+from ao_act24 import Act24Config, neuron_major_, ops
+from ao_act24.passes import graph_modules, rewrite_graph
+
+DENSE = 1e-6
+SIZES = {"dim": 64, "hidden": 128}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setattr("ao_act24.when.cuda.why_not", lambda device, dtype: "")
+
+
+def few_tokens(model, config=None, dynamic=None):
+    """The model as it is rewritten, and the names of our operators in each of its graphs."""
+    seen = []
+
+    def backend(gm, example_inputs):
+        names = []
+        for module in graph_modules(gm):
+            rewrite_graph(module.graph, config or Act24Config())
+            module.graph.lint()
+            module.recompile()
+            names += [str(node.target).split(".")[1] for node in module.graph.nodes if "ao_act24." in str(node.target)]
+        seen.append(names)
+        return gm.forward
+
+    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True), seen
+
+
+def by_neurons(bias=True, **sizes):
+    mlp = MLP(**SIZES | sizes)
+    if not bias:
+        mlp.up.bias = mlp.down.bias = None
+    assert neuron_major_(mlp) == 1
+    return mlp
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [(1,), (32,), (2, 16), (1, 1, 3)], ids=str)
+def test_up_to_32_tokens_are_exact(tokens, bias):
+    mlp, x = by_neurons(bias), torch.randn(*tokens, 64)
+    with torch.no_grad():
+        run, seen = few_tokens(mlp)
+        assert relative_error(run(x), mlp(x)) < DENSE
+    assert seen == [["active_ffn"]]
+
+
+@pytest.mark.parametrize("tokens", [33, 100])
+def test_more_run_in_24(tokens):
+    mlp, x = by_neurons(), torch.randn(tokens, 64)
+    with torch.no_grad():
+        run, seen = few_tokens(mlp)
+        assert relative_error(run(x), mlp.down(relu2_24(mlp.up(x)))) < 1e-5
+    assert seen == [["relu2_sparsify", "sparse_mm"]]
+
+
+def test_one_model_owns_a_graph_of_each():
+    """Not one for each number of tokens."""
+    mlp = by_neurons()
+    with torch.no_grad():
+        run, seen = few_tokens(mlp, dynamic=True)
+        for tokens in (5, 32, 40, 7, 100):
+            x = torch.randn(tokens, 64)
+            want = mlp(x) if tokens <= 32 else mlp.down(relu2_24(mlp.up(x)))
+            assert relative_error(run(x), want) < 1e-5
+    assert seen == [["active_ffn"], ["relu2_sparsify", "sparse_mm"]]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: MLP(**SIZES),
+        lambda: by_neurons(dim=72),
+        lambda: by_neurons(hidden=96),
+        lambda: by_neurons().half().float().to(torch.float64),
+    ],
+    ids=["a row for each output", "D not divisible by 64", "H not divisible by 64", "converted and back"],
+)
+def test_which_weights(made):
+    mlp = made()
+    x = torch.randn(3, mlp.up.in_features, dtype=mlp.up.weight.dtype)
+    with torch.no_grad():
+        run, seen = few_tokens(mlp)
+        run(x)
+    assert seen == [["active_ffn"] if mlp.up.weight.dtype == torch.float64 else ["relu2_sparsify", "sparse_mm"]]
+
+
+def test_gradients_and_emulation_are_in_24():
+    mlp, x = by_neurons(), torch.randn(3, 64)
+    run, seen = few_tokens(mlp)
+    run(x).sum().backward()
+    assert seen == [["relu2_sparsify", "sparse_mm"]] and mlp.down.weight.grad is not None
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run, seen = few_tokens(mlp, Act24Config(emulate=True))
+        run(x)
+    assert seen == [["relu2_sparsify", "sparse_mm"]]
+
+
+def test_spellings():
+    """``x @ w`` of ``[H, D]``, as some models store it; casts that fall away; what else reads the activation."""
+    w1, w2, x = torch.randn(128, 64), torch.randn(128, 64), torch.randn(3, 64)
+
+    def product(x):
+        return F.relu(F.linear(x, w1)).square() @ w2
+
+    def cast(x):
+        return F.relu(F.linear(x, w1).double()).square().float() @ w2
+
+    def also_read(x):
+        h = F.linear(x, w1)
+        return F.relu(h).square() @ w2 + h.sum()
+
+    for function, ours in ((product, "active_ffn"), (cast, "active_ffn"), (also_read, "relu2_sparsify")):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            run, seen = few_tokens(function)
+            out = run(x)
+            assert ours != "active_ffn" or relative_error(out, function(x)) < DENSE
+        assert seen[0][0] == ours
+
+
+def test_explain_and_graphs():
+    model = nn.Sequential(Residual(**SIZES), Residual(**SIZES))
+    neuron_major_(model)
+    with torch.no_grad():
+        report = ao_act24.explain(model, torch.randn(3, 64))
+        assert "ao_act24.active_ffn(" in ao_act24.capture_graphs(model, torch.randn(3, 64)).after[0]
+    assert [(v.path, v.rewritten, v.few) for v in report] == [("0", True, True), ("1", True, True)]
+    assert report.summary() == "0 of 2 FFN-like sites run in 2:4, 2 by the neurons that fire"
+    assert "few tokens: exactly, by the neurons that fire alone" in str(report).replace("\n", " ") or "few" in str(
+        report
+    )
+
+
+def test_neuron_major_changes_nothing_but_strides():
+    model = nn.Sequential(nn.Linear(64, 64), MLP(**SIZES), MLP(lambda h: F.gelu(h), **SIZES))
+    before, x = copy.deepcopy(model), torch.randn(5, 64)
+    parameters = list(model.parameters())
+    assert neuron_major_(model) == 1 == neuron_major_(model)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert model[1].down.weight.stride() == (1, 64) and model[2].down.weight.is_contiguous()
+    state = model.state_dict()
+    assert list(state) == list(before.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), before.state_dict().values(), strict=True))
+    assert relative_error(model(x), before(x)) < DENSE
+    model.load_state_dict({name: tensor + 1 for name, tensor in before.state_dict().items()})
+    assert model[1].down.weight.stride() == (1, 64), "loading keeps strides"
+    assert copy.deepcopy(model)[1].down.weight.stride() == (1, 64)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    before.load_state_dict(torch.load(file))
+    assert torch.equal(before[1].down.weight, model[1].down.weight)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        neuron_major_(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [(3, 5), (4,), (), (0,)], ids=str)
+def test_opcheck(tokens, dtype):
+    x, up, down = (torch.randn(*size).to(dtype) for size in ((*tokens, 16), (8, 16), (12, 8)))
+    biases = torch.randn(8).to(dtype), torch.randn(12).to(dtype)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for up_bias, down_bias in (biases, (None, None)):
+        arguments = x, up, up_bias, down, down_bias
+        torch.library.opcheck(torch.ops.ao_act24.active_ffn.default, arguments, test_utils=tests)
+        wide = [None if t is None else t.double() for t in arguments]
+        want = F.linear(F.relu(F.linear(*wide[:3])).square(), *wide[3:])
+        got = ops.active_ffn(*arguments)
+        assert got.dtype == dtype and got.shape == want.shape
+        assert not want.numel() or relative_error(got, want) < (0.01 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_errors():
+    x, up, down = torch.randn(3, 16), torch.randn(8, 16), torch.randn(12, 8)
+    with pytest.raises(ValueError, match=r"weight must be \[H, D\] with H divisible by 4 and D = 16 as in x"):
+        ops.active_ffn(x, up[:, :8], None, down, None)
+    with pytest.raises(ValueError, match="with H = 8 as in up"):
+        ops.active_ffn(x, up, None, down[:, :4], None)
+    with pytest.raises(TypeError, match=r"down must have the dtype of x, torch\.float32, got torch\.float64"):
+        ops.active_ffn(x, up, None, down.double(), None)
+    with pytest.raises(NotImplementedError, match="active_ffn has no gradient"):
+        ops.active_ffn(x.requires_grad_(), up, None, down, None).sum().backward()
