@@ -2,7 +2,7 @@
 
     python benchmarks/hopper.py                  the whole table and its plots: some 23 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
-    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, fp8
+    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, fp8, decode
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import time
 import types
@@ -42,7 +43,13 @@ import ao_act24
 from ao_act24.kernels import cuda, reference
 from ao_act24.when import least_tokens
 
-SHIFTS = {50: 0.0, 90: -1.2816, 97: -1.8808}  # of a normal distribution, for that share of zeros in percent
+SHIFTS = {
+    50: 0.0,
+    85: -1.0364,
+    90: -1.2816,
+    95: -1.6449,
+    97: -1.8808,
+}  # of a normal distribution, for that share of zeros in percent
 FEW_SIZES = [(2048, 8192), (768, 3072), (1024, 4096), (4096, 16384), (8192, 32768)]
 ALWAYS = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
 STARTS = [(least_tokens(*size), *size) for size in FEW_SIZES]  # from where on the rule says 2:4
@@ -57,6 +64,8 @@ OUTSIDE += [(8192, 4096, 4096), (8192, 2048, 2048), (8192, 1024, 1024), (8192, 4
 OUTSIDE_97 = [(8192, 4096, 16384), (2736, 2304, 13824), (1680, 4096, 8192), (1376, 3328, 13312)]  # percent of zeros
 OUTSIDE_FP16 = [(1168, 4608, 18432), (1488, 2048, 8192)]  # all else is bf16
 TWO_STEPS = [(8192, 4096, 16384), (4096, 2048, 8192), (1600, 4096, 16384), (1152, 4096, 16384)]  # also not fused
+DECODE_SIZES = [(4096, 16384), (8192, 32768)]
+DECODE_TOKENS = [1, 2, 4, 8, 16, 32, 64]
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
 TUNED = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
 
@@ -321,6 +330,43 @@ def few(shape: Shape) -> list[Row]:
     return placed(timed, shape, 90)
 
 
+def decode(quick: bool, meter: Meter) -> Iterator[list[Row]]:
+    """Few tokens by the neurons that fire, at any share of zeros, which tokens have each by themselves or in common.
+
+    Against ``torch.compile`` and plain cuBLAS. All in CUDA graphs, in which two FFNs take turns: no weight is in L2
+    from the call before. ``fires``: the share of neurons that fire for one token at least.
+    """
+    for model_dim, hidden_dim in DECODE_SIZES[:1] if quick else DECODE_SIZES:
+        pair = [ffn_and_input((1, model_dim, hidden_dim), 90)[0] for _ in range(2)]
+        ours = copy.deepcopy(pair)
+        for ffn in ours:
+            ao_act24.neuron_major_(ffn)
+        for tokens in DECODE_TOKENS[:3] if quick else DECODE_TOKENS:
+            x = torch.empty(tokens, model_dim, device="cuda", dtype=torch.bfloat16)
+            calls: dict[str, list[Callable[[], object]]] = {"cuBLAS": [functools.partial(ffn, x) for ffn in pair]}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ao_act24.Act24Warning)  # 64 tokens stay dense
+                for name, ffns, how in (("dense", pair, {}), ("few", ours, {"backend": "ao_act24"})):
+                    calls[name] = [compiled(ffn, x, **{name: how})[name] for ffn in ffns]
+            graphs: Runs = {name: captured(functools.partial(each_of, runs), 1) for name, runs in calls.items()}
+            for zeros, common in itertools.product(SHIFTS, (False, True)):
+                for ffn in (*pair, *ours):
+                    nn.init.constant_(ffn.up.bias, SHIFTS[zeros])
+                x.normal_()
+                if common:
+                    x.mul_(0.3).add_(torch.randn_like(x[:1]), alpha=0.95)
+                timed = in_turn(graphs, 0.02, 5, each=2)
+                timed["few"]["fires"] = round((pair[0].up(x) > 0).any(0).float().mean().item(), 4)
+                for found in timed.values():
+                    found["what"] += " common" * common
+                yield placed(timed, (tokens, model_dim, hidden_dim), zeros)
+
+
+def each_of(runs: list[Callable[[], object]]) -> None:
+    for run in runs:
+        run()
+
+
 def rule(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The FFN at the sizes that ``ao_act24/when.py`` rests on: in 2:4, taken or not, against both modes, at full power.
 
@@ -361,7 +407,7 @@ def placed(timed: dict[str, Row], shape: Shape, zeros: int, dtype: torch.dtype =
 
 
 PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "rule": rule, "outside": outside}
-PARTS |= {"training": training, "fp8": fp8}
+PARTS |= {"training": training, "fp8": fp8, "decode": decode}
 
 
 def line(found: Row) -> str:

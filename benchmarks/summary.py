@@ -47,6 +47,11 @@ AIM = {
     "fp8 FFN over torch.compile in fp8": 1.38,
     "fp8 FFN over torch.compile in bf16": 2.3,
 }
+DECODE: dict[tuple[Shape, int], tuple[float, float | None]] = {  # required and aim, by shape and percent of zeros
+    ((1, 8192, 32768), 95): (1.65, 1.85),
+    ((4, 8192, 32768), 95): (1.45, 1.6),
+    ((1, 8192, 32768), 85): (1.5, None),
+}
 MOST_TOKENS = 2048  # up to which few tokens must not be slower than dense
 LEAST_FEW, MOST_HOST_US = 0.98, 15.0
 
@@ -85,11 +90,18 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Each figure: ``required`` (None: to be reported), ``reached``, and whether more or less is better."""
     figures = []
 
-    def add(figure: str, at: Shape | str, reached: float | None, required: float | None, at_least: bool = True) -> None:
+    def add(
+        figure: str,
+        at: Shape | str,
+        reached: float | None,
+        required: float | None,
+        at_least: bool = True,
+        aim: float | None = None,
+    ) -> None:
         if reached is not None:
             met = None if required is None else reached >= required if at_least else reached <= required
             size = at if isinstance(at, str) else named(at)
-            row = {"figure": figure, "at": size, "required": required, "aim": AIM.get(figure), "reached": reached}
+            row = {"figure": figure, "at": size, "required": required, "aim": AIM.get(figure, aim), "reached": reached}
             figures.append({**row, "better": "more" if at_least else "less", "met": met})
 
     def add_ratio(figure: str, at: Shape, reached: float | None) -> None:
@@ -138,6 +150,20 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             add_ratio(f"fp8 FFN over torch.compile in {dtype}", shape, ratio(timed, dense, "FFN 2:4 fp8"))
         add_ratio("fp8 FFN over 2:4 in bf16", shape, ratio(timed, "FFN 2:4", "FFN 2:4 fp8"))
         add("error that 2:4 adds, of what fp8 adds by itself", shape, ours["error"] / ours["fp8_error"], 1.0, False)
+    least_of_all = []
+    for zeros, common in itertools.product((50, 85, 90, 95, 97), ("", " common")):
+        for shape, timed in rows(result, "decode", zeros).items():
+            if f"few{common}" not in timed:
+                continue
+            baseline = min((timed[f"{name}{common}"] for name in ("cuBLAS", "dense")), key=lambda row: row["median"])
+            reached = ratio(timed, baseline["what"], f"few{common}")
+            least_of_all.append((reached, f"{named(shape)}, {zeros} %{common}"))
+            if (figure := (shape, zeros)) in DECODE and not common:
+                required, aim = DECODE[figure]
+                add(f"FFN of few tokens, {zeros} % zeros", shape, reached, required, aim=aim)
+    if least_of_all:
+        slowest, where = min(least_of_all)
+        add("FFN of up to 64 tokens over dense: least", where, slowest, LEAST_FEW)
     for dtype, how in itertools.product(("bfloat16", "float16"), ("", " graph")):
         few = [
             (ratio(timed, best(timed, how=how)["what"], f"chosen{how}"), at)

@@ -111,6 +111,20 @@ def test_a_file_of_another_kind(tmp_path):
     assert ran.returncode == 2 and ran.stderr.endswith(f"{path} is no result of hopper.py: it has none of its parts\n")
 
 
+def test_few_tokens_by_the_neurons_that_fire():
+    shape, other = (1, 8192, 32768), (64, 4096, 16384)
+    decode = timed(shape, 95, cuBLAS=0.26, dense=0.25, few=0.125) + timed(shape, 90, cuBLAS=0.25, dense=0.3, few=0.2)
+    common = timed(other, 50, cuBLAS=0.09, dense=0.08, few=0.1)
+    for row in common:
+        row["what"] += " common"
+    found = summary({"decode": {"rows": decode + common}})
+    assert [(row["figure"], row["at"], row["required"], row["aim"], row["met"]) for row in found] == [
+        ("FFN of few tokens, 95 % zeros", named(shape), 1.65, 1.85, True),
+        ("FFN of up to 64 tokens over dense: least", f"{named(other)}, 50 % common", 0.98, None, False),
+    ]
+    assert [row["reached"] for row in found] == [pytest.approx(2.0), pytest.approx(0.8)]
+
+
 def test_few_tokens_over_the_faster_dense_mode():
     """In fp16 apart."""
     start = (1024, 4096, 16384)

@@ -42,7 +42,7 @@ SMALLEST = "2:4 runs from model_dim 768 and here hidden_dim"
         ({"hidden_dim": 4096}, ""),
         ({"hidden_dim": 4096, "training": True}, f"{SMALLEST} 8192 on, got 4096, 4096"),
         ({"model_dim": 1024, "hidden_dim": 2560, "training": True}, f"{SMALLEST} 3072 on, got 1024, 2560"),
-        ({"in_rows": False}, "the down projection's weight does not lie in rows of hidden_dim: 2:4 would copy it"),
+        ({"in_rows": False}, "the down projection's weight does not lie in rows: 2:4 would copy it"),
         ({"tokens": 16}, "2:4 runs from 1665 tokens on at this size, and at some fewer, got 16"),
         ({"tokens": 1537}, "2:4 runs from 1665 tokens on at this size, and at some fewer, got 1537"),
         ({"tokens": 1152, "packs": False}, "2:4 runs from 3201 tokens on at this size, and at some fewer, got 1152"),
