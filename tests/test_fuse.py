@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from oracle import relative_error, relu2_24
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao_fp8 import needs_scaled_mm
 
 from ao_act24 import Act24Config
 from ao_act24.fp8 import to_fp8
@@ -115,6 +116,7 @@ def in_fp8(weight):
     return nn.Parameter(to_fp8(weight.bfloat16()), requires_grad=False)
 
 
+@needs_scaled_mm
 @pytest.mark.parametrize("bias", [None, B1.bfloat16()], ids=["no bias", "bias"])
 def test_fp8(bias):
     up, down, x = in_fp8(W1), in_fp8(W2), X.bfloat16()
@@ -139,6 +141,7 @@ def test_fp8(bias):
     assert (first, second) == (False, True) and relative_error(joined, apart) < 0.03  # torchao rounds x otherwise
 
 
+@needs_scaled_mm
 @pytest.mark.parametrize(
     "change",
     [

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from expecttest import TestCase
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchao_fp8 import needs_scaled_mm
 
 import ao_act24
 from ao_act24 import capture_graphs
@@ -85,6 +86,7 @@ forward(
         )
         self.assertEqual(graphs.backward, ())
 
+    @needs_scaled_mm
     def test_fp8(self):
         mlp = MLP()
         for linear in (mlp.up, mlp.down):

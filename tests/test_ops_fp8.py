@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torchao.quantization.quantize_ import workflows
 
-from ao_act24 import ops_fp8
+from ao_act24 import fp8, ops_fp8
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
+fp8_sparse_is_missing = not hasattr(workflows, "Float8Sparse2x4_2DData2DMetadataTensor")  # before torchao 0.18
 
 
 def operands(tokens=(3, 5), hidden_dim=12, out_dim=7, dtype=BF16):
@@ -140,3 +142,21 @@ def test_compiled(dynamic):
     for tokens in (3, 5, 8):
         h = torch.randn(2, tokens, 64).to(BF16)
         torch.testing.assert_close(compiled(h), ffn(h), rtol=2**-7, atol=1e-2)
+
+
+def test_lossless_to_torchao_and_back():
+    packed, metadata, scale = ops_fp8.relu2_sparsify_fp8(torch.randn(128, 512).to(BF16))
+    if fp8_sparse_is_missing:
+        with pytest.raises(NotImplementedError, match=r"torchao >= 0\.18"):
+            fp8.to_torchao(packed, metadata, scale, BF16)
+        return
+    theirs = fp8.to_torchao(packed, metadata, scale, BF16)
+    assert type(theirs).__name__ == "Float8Sparse2x4_2DData2DMetadataTensor"
+    assert (theirs.shape, theirs.dtype) == ((128, 512), BF16) and torch.equal(theirs.scale, scale.unsqueeze(-1))
+    back = fp8.from_torchao(theirs)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(back, (packed, metadata, scale)))
+    for tokens, hidden_dim in ((32, 512), (64, 64)):
+        with pytest.raises(ValueError, match=rf"divisible by \(64, 128\), got \({tokens}, {hidden_dim // 2}\)"):
+            fp8.to_torchao(*ops_fp8.relu2_sparsify_fp8(torch.randn(tokens, hidden_dim).to(BF16)), BF16)
+    with pytest.raises(TypeError, match="got Tensor"):
+        fp8.from_torchao(packed)

@@ -14,19 +14,17 @@ from mlp import MLP
 from oracle import mask24, relative_error
 from torch import nn
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
-from torchao.quantization.quantize_ import workflows
+from torchao_fp8 import needs_scaled_mm
 
 import ao_act24
 from ao_act24 import Act24Config, Act24Warning, fp8
-from ao_act24.kernels import reference
 from ao_act24.passes import graph_modules, rewrite_graph
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 FP8 = Act24Config(dtype="fp8")
 EMULATED = Act24Config(dtype="fp8", emulate=True)
 CLOSE = 4e-3  # two roundings to bfloat16
-fp8_sparse_is_missing = not hasattr(workflows, "Float8Sparse2x4_2DData2DMetadataTensor")  # before torchao 0.18
-pytestmark = pytest.mark.filterwarnings("ignore:Float8Tensor does not implement")
+pytestmark = [needs_scaled_mm, pytest.mark.filterwarnings("ignore:Float8Tensor does not implement")]
 
 
 @pytest.fixture(autouse=True)
@@ -426,24 +424,6 @@ def test_a_product_with_a_transposed_weight():
     mlp.down.bias = None
     got = rewritten(lambda x: F.relu(mlp.up(x)).square() @ mlp.down.weight.t())(x)
     assert relative_error(got, oracle(mlp, x)) <= CLOSE
-
-
-def test_lossless_to_torchao_and_back():
-    packed, metadata, scale = reference.relu2_sparsify_fp8(data(128, dim=512))
-    if fp8_sparse_is_missing:
-        with pytest.raises(NotImplementedError, match=r"torchao >= 0\.18"):
-            fp8.to_torchao(packed, metadata, scale, BF16)
-        return
-    theirs = fp8.to_torchao(packed, metadata, scale, BF16)
-    assert type(theirs).__name__ == "Float8Sparse2x4_2DData2DMetadataTensor"
-    assert (theirs.shape, theirs.dtype) == ((128, 512), BF16) and torch.equal(theirs.scale, scale.unsqueeze(-1))
-    back = fp8.from_torchao(theirs)
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(back, (packed, metadata, scale)))
-    for tokens, hidden_dim in ((32, 512), (64, 64)):
-        with pytest.raises(ValueError, match=rf"divisible by \(64, 128\), got \({tokens}, {hidden_dim // 2}\)"):
-            fp8.to_torchao(*reference.relu2_sparsify_fp8(data(tokens, dim=hidden_dim)), BF16)
-    with pytest.raises(TypeError, match="got Tensor"):
-        fp8.from_torchao(packed)
 
 
 def test_state_dict_is_saved_and_loaded():
