@@ -26,7 +26,7 @@ def to_fp8(weight: Tensor) -> Float8Tensor:
 
     So they do in what it multiplies: torchao makes NaN of both.
     """
-    return from_parts(*rows_to_fp8(weight), weight.dtype)
+    return from_parts(*rows_to_fp8(weight.contiguous()), weight.dtype)
 
 
 def rows_to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,36 +7,46 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ao_act24.passes.find import find_sites
 from ao_act24.passes.vocabulary import known_weight
 from ao_act24.trace import may_hold_ffn, trace
+from ao_act24.transform import is_sparsified
 
 
 @torch.no_grad()
 def neuron_major_(model: nn.Module) -> int:
     """Lay the weights of the down projections of Linear→ReLU²→Linear blocks in memory as ``[H, D]``, in place.
 
-    Parameters, shapes, values and ``state_dict`` stay; only strides change, and loading a ``state_dict`` keeps them.
-    Then ``torch.compile(model, backend="ao_act24")`` runs few tokens, in inference, by the rows of the neurons that
-    fire alone. Many tokens run in 2:4 all the same; training on a GPU runs dense.
+    Parameters, shapes, values and ``state_dict`` stay; only strides change, and loading a ``state_dict`` keeps them
+    (but with ``assign=True``). Then ``torch.compile(model, backend="ao_act24")`` runs few tokens, in inference, by the
+    rows of the neurons that fire alone. Many tokens run in 2:4 all the same; training on a GPU runs dense. Call it
+    before an optimizer, ``sparsify_``, FSDP or DDP is given the model: they may count on strides.
 
     Args:
-        model: the model, or a part of it. Blocks that ``torch.fx`` cannot trace alone stay as they are.
+        model: the model, or a part of it. Blocks that ``torch.fx`` cannot trace alone stay as they are, and so do
+            weights that are an up projection's, too.
 
     Returns:
         The number of weights that are stored so.
 
     Raises:
         TypeError: if ``model`` is not a module.
+        ValueError: if it was given to ``sparsify_`` already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
+    if any(map(is_sparsified, model.modules())):
+        raise ValueError("model must not be given to sparsify_ yet: call neuron_major_ first")
+    traced = [trace(module, False) for module in model.modules() if may_hold_ffn(module)]
+    sites = [site for each in traced if each for site in find_sites(each.graph)]
+    ups = {id(known_weight(site.up)[0]) for site in sites if site.up}
     found: set[int] = set()
-    for module in getattr(model, "_orig_mod", model).modules():
-        graph_module = trace(module, False) if may_hold_ffn(module) else None
-        for site in find_sites(graph_module.graph) if graph_module else ():
-            if site.reason or site.down is None:
-                continue
-            weight, transposed = known_weight(site.down)
-            if isinstance(weight, nn.Parameter) and not is_traceable_wrapper_subclass(weight):
-                found.add(id(weight))
-                if not transposed:
-                    weight.data = weight.data.t().contiguous().t()
+    for site in sites:
+        if site.reason or site.down is None:
+            continue
+        weight, transposed = known_weight(site.down)
+        plain = isinstance(weight, nn.Parameter) and not is_traceable_wrapper_subclass(weight)
+        if not plain or id(weight) in ups:
+            continue
+        found.add(id(weight))
+        with torch.inference_mode(weight.is_inference()):  # else the parameter could not be used as before
+            weight.data = weight.data.contiguous() if transposed else weight.data.t().contiguous().t()
     return len(found)

@@ -110,7 +110,9 @@ def why_not_active(device, dtype, tokens, model_dim, hidden_dim, out_dim) -> str
     for name, size in (("model_dim", model_dim), ("hidden_dim", hidden_dim), ("the result's size", out_dim)):
         if size % 64:
             return f"the kernels of few tokens take {name} divisible by 64, got {size}"
-    reason = cuda.why_not(device, dtype)
+    if PHASE.dense:
+        return "the schedule has a dense phase now"
+    reason = cuda.why_not(device, dtype) or (_why_not_measured(device) if device.type == "cuda" else "")
     return reason or ("" if 0 < tokens <= plans.ACTIVE_TOKENS else "too many tokens")
 
 

@@ -207,7 +207,7 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
 
 
 ACTIVE_TOKENS = 32  # at most
-ACTIVE = {"NEURONS": 16, "CLUSTER": 8, "COLUMNS": 256, "ROWS": 256}  # as active.cu has them
+ACTIVE = {"NEURONS": 16, "CLUSTER": 8, "COLUMNS": 256, "ROWS": 256, "PITCH": 264}  # as active.cu has them
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _active_ffn(x: torch.Size, down: torch.Size, dtype: torch.dtype, index: int)
     tiles = -(-tokens // 16)
     rows, columns, cluster = ACTIVE["ROWS"], ACTIVE["COLUMNS"], ACTIVE["CLUSTER"]
     numbers = -(-hidden_dim // (16 * cluster)) * 16  # of the neurons that a block has at most
-    shared_bytes = 16 * tiles * (2 * rows + 4 * columns) + 4 * numbers
+    shared_bytes = 16 * tiles * (2 * rows + 4 * ACTIVE["PITCH"]) + 4 * numbers
     if shared_bytes > 200 << 10:
         return None
     defines = (("TILES", tiles),)

@@ -45,6 +45,7 @@ from .vocabulary import (
     Linear,
     argument,
     as_linear,
+    depends_on_data,
     is_our_op,
     is_transpose,
     known_weight,
@@ -156,11 +157,15 @@ def runs_active(site: Site) -> bool:
     operands = [value(operand) for operand in (up.input, up.node, up.weight, up.bias, down.weight, down.bias)]
     h, (weight, transposed) = value(up.node), known_weight(down)
     by_neurons = weight if transposed else weight.t()
-    if any(operand is not None and operand.dtype != h.dtype for operand in operands) or not by_neurons.is_contiguous():
+    by_outputs = value(up.weight).t() if up.transposed else value(up.weight)
+    if not by_neurons.is_contiguous() or not by_outputs.is_contiguous():  # it would be copied at each call
+        return False
+    if any(operand is not None and operand.dtype != h.dtype for operand in operands):
         return False
     hidden_dim, out_dim = by_neurons.shape
     size = value(up.input).shape[-1], hidden_dim, out_dim
-    return not why_not_active(h.device, h.dtype, math.prod(h.shape[:-1]), *size)
+    tokens = math.prod(h.shape[:-1])
+    return not depends_on_data(tokens) and not why_not_active(h.device, h.dtype, tokens, *size)
 
 
 def _why_kept(up: Linear, relu2: Relu2) -> str:

@@ -16,7 +16,7 @@ from ao_act24.when import why_dense
 from .find import Site
 from .fuse import packs_itself, runs_active, why_apart
 from .rewrite import narrow_source
-from .vocabulary import Linear, cast_dtype, known_weight, same_size, submodule, value
+from .vocabulary import Linear, cast_dtype, depends_on_data, known_weight, same_size, submodule, value
 
 
 def judge(site: Site, config: Act24Config) -> str:
@@ -67,6 +67,8 @@ def judge(site: Site, config: Act24Config) -> str:
     in_rows = stored is None or (stored.t() if transposed else stored).is_contiguous()
     if not in_rows and not in_fp8 and not training:
         in_rows = (stored if transposed else stored.t()).is_contiguous()  # a row for each neuron
+    if like.is_cuda and not config.emulate and depends_on_data(tokens):
+        return "the number of tokens depends on data: whether 2:4 is faster is not known before"
     size = (tokens, model_dim, hidden_dim, in_rows, training, training or (not in_fp8 and packs_itself(site)))
     if reason := next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), ""):
         return reason

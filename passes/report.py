@@ -39,7 +39,7 @@ class Verdict:
     Attributes:
         path: the module that holds the site, as in ``named_modules``; empty where the graph does not say.
         activation: ``relu²``, ``gated relu²``, or what stands in its place.
-        rewritten: whether it runs in 2:4.
+        rewritten: whether it runs in 2:4, or, where ``few``, by the neurons that fire.
         reason: why it does not; empty if it does.
         x, out: shapes of the FFN's input and output, ``[..., D]``; None where the graph does not say. Sizes that are
             symbolic are given as text.
@@ -89,7 +89,7 @@ class Report:
 
     @property
     def rewritten(self) -> tuple[Verdict, ...]:
-        """The sites that run in 2:4."""
+        """The sites that run in 2:4, or by the neurons that fire."""
         return tuple(v for v in self.verdicts if v.rewritten)
 
     @property

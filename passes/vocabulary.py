@@ -114,6 +114,13 @@ def same_size(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def depends_on_data(size: Any) -> bool:
+    """Whether nobody knows a size before the graph runs, such as of ``nonzero``: it cannot be compared."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
 def is_number(x: object, number: float) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and x == number
 

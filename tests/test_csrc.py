@@ -94,7 +94,8 @@ def test_few_tokens(dtype, tiles, tmp_path):
     product = "HMMA.16816.F32" + {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
     assert sum(f"{product} " in line for line in sass) == {1: 64, 2: 96}[tiles]
     assert sum("LDSM.16.MT88.4" in line for line in sass) == 4
-    assert sum("LDG.E.EF.128" in line for line in sass) == {1: 32, 2: 24}[tiles]
+    assert sum("LDG.E.NA.128" in line for line in sass) == 16, "weights of the first, past L1"
+    assert sum("LDG.E.EF.128" in line for line in sass) == {1: 16, 2: 8}[tiles]
 
 
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)

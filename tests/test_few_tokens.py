@@ -113,6 +113,37 @@ def test_gradients_and_emulation_are_in_24():
     assert seen == [["relu2_sparsify", "sparse_mm"]]
 
 
+def test_an_up_projection_that_would_be_copied():
+    """Stored ``[D, H]``, it has no row for each neuron to read."""
+    w1, w2, x = torch.randn(64, 128), torch.randn(128, 64), torch.randn(3, 64)
+    with torch.no_grad():
+        run, seen = few_tokens(lambda x: F.relu(x @ w1).square() @ w2)
+        run(x)
+    assert seen == [["relu2_sparsify", "sparse_mm"]]
+
+
+def test_a_number_of_tokens_that_depends_on_data():
+    mlp = by_neurons()
+
+    def routed(x):
+        return mlp(x[x[:, 0].nonzero().flatten()])
+
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run, seen = few_tokens(routed)
+        out = run(torch.randn(3, 64))
+    assert out.shape == (3, 64) and seen == [["relu2_sparsify", "sparse_mm"]]
+
+
+def test_a_dense_phase():
+    schedule = ao_act24.Schedule(warmup_steps=2)
+    mlp, x = by_neurons(), torch.randn(3, 64)
+    with torch.no_grad():
+        run, seen = few_tokens(mlp)
+        run(x)
+    assert seen == [[]]
+    schedule.close()
+
+
 def test_spellings():
     """``x @ w`` of ``[H, D]``, as some models store it; casts that fall away; what else reads the activation."""
     w1, w2, x = torch.randn(128, 64), torch.randn(128, 64), torch.randn(3, 64)
@@ -170,6 +201,52 @@ def test_neuron_major_changes_nothing_but_strides():
     assert torch.equal(before[1].down.weight, model[1].down.weight)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         neuron_major_(3)
+    ao_act24.sparsify_(model)
+    with pytest.raises(ValueError, match="call neuron_major_ first"):
+        neuron_major_(model)
+
+
+class Square(nn.Module):
+    """One weight in both places, or of one block's down and the next one's up projection."""
+
+    def __init__(self, same):
+        super().__init__()
+        self.a, self.b = MLP(dim=64, hidden=64), MLP(dim=64, hidden=64)
+        if same:
+            self.a.up.weight = self.a.down.weight
+        else:
+            self.b.up.weight = self.a.down.weight
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_weights_that_are_an_up_projections_too(same):
+    model = Square(same)
+    assert neuron_major_(model) == 1
+    assert model.a.down.weight.is_contiguous() and model.b.down.weight.stride() == (1, 64)
+
+
+def test_parameters_of_inference_mode():
+    with torch.inference_mode():
+        mlp = MLP(**SIZES)
+        x = torch.randn(3, 64)
+        want = mlp(x)
+    assert neuron_major_(mlp) == 1
+    with torch.inference_mode():
+        assert relative_error(mlp(x), want) < DENSE
+    trained = MLP(**SIZES)
+    with torch.inference_mode():
+        assert neuron_major_(trained) == 1
+    trained(torch.randn(3, 64)).sum().backward()
+
+
+def test_before_a_conversion_to_fp8():
+    """Rows of outputs again, which fp8 takes."""
+    mlp = by_neurons().to(torch.bfloat16)
+    ao_act24.sparsify_(mlp, Act24Config(dtype="fp8"))
+    assert mlp.down.weight.qdata.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -12,6 +12,7 @@
 #include "ptx.cuh"
 
 constexpr int WARPS = 8, NEURONS = 16, PADDED = 16 * TILES;  // neurons of a block of the first kernel; tokens
+constexpr int RESIDENT = 2;                                  // blocks on a multiprocessor, at least
 
 // d (16 x 8) += a (16 x 16) * b (16 x 8).
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -21,18 +22,24 @@ __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a
 }
 
 struct Words {
-  u32 words[8];  // 16 neighbours
+  u32 words[8];  // eight neighbours, and the eight that lie 32 further on: four threads load whole sectors at a time
 };
 
-__device__ __forceinline__ Words load_words(const u16* from, bool there) {
+__device__ __forceinline__ Words load_weights(const u16* from, bool there) {
   uint4 left = {}, right = {};
-  if (there) left = load_streaming(from), right = load_streaming(from + 8);
+  if (there) left = load_past_l1(from), right = load_past_l1(from + 32);  // that x may stay there
+  return {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
+}
+
+__device__ __forceinline__ Words load_x(const u16* from, bool there) {
+  uint4 left = {}, right = {};
+  if (there) left = __ldg((const uint4*)from), right = __ldg((const uint4*)(from + 32));
   return {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
 }
 
 // y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 16 i + n fire? A block for each 16 neurons, whose warps
 // take a part of the columns each: 64 of them at a time, of which thread q of a quad has 16.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
     active_relu2(const u16* __restrict__ x, const u16* __restrict__ up, const u16* __restrict__ bias, u16* __restrict__ y,
                  u16* __restrict__ active, i64 tokens, i64 model_dim) {
   constexpr int AHEAD = 4, EIGHTS = 2 * TILES;
@@ -40,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   __shared__ u32 fires;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const i64 neuron = (i64)blockIdx.x * NEURONS, chunks = model_dim / 64;
-  const u16* upper = up + (neuron + g) * model_dim + 16 * q;
+  const u16* upper = up + (neuron + g) * model_dim + 8 * q;
   const u16* lower = upper + 8 * model_dim;
   float d[EIGHTS][4] = {};
   for (i64 first = warp; first < chunks; first += AHEAD * WARPS) {
@@ -48,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const i64 chunk = first + i * WARPS;
-      of_upper[i] = load_words(upper + 64 * chunk, chunk < chunks);
-      of_lower[i] = load_words(lower + 64 * chunk, chunk < chunks);
+      of_upper[i] = load_weights(upper + 64 * chunk, chunk < chunks);
+      of_lower[i] = load_weights(lower + 64 * chunk, chunk < chunks);
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
@@ -58,13 +65,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       for (int eight = 0; eight < EIGHTS; ++eight) {
         if (8 * eight >= tokens) break;
         const i64 token = 8 * eight + g;
-        u32 of_x[8] = {};
-        if (chunk < chunks && token < tokens) load_sixteen(of_x, x + token * model_dim + 64 * chunk + 16 * q);
-        const u32(&u)[8] = of_upper[i].words, (&l)[8] = of_lower[i].words;
+        const Words of_x = load_x(x + token * model_dim + 64 * chunk + 8 * q, chunk < chunks && token < tokens);
+        const u32(&u)[8] = of_upper[i].words, (&l)[8] = of_lower[i].words, (&v)[8] = of_x.words;
 #pragma unroll
-        for (int step = 0; step < 8; step += 2) {
-          mma(d[eight], u[step], l[step], u[step + 1], l[step + 1], of_x[step], of_x[step + 1]);
-        }
+        for (int step = 0; step < 8; step += 2) mma(d[eight], u[step], l[step], u[step + 1], l[step + 1], v[step], v[step + 1]);
       }
     }
   }
@@ -92,17 +96,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   if (threadIdx.x == 0) active[blockIdx.x] = (u16)fires;
 }
 
-constexpr int CLUSTER = 8, COLUMNS = 256, ROWS = 256;  // of a block of the second kernel: columns, and neurons at a time
+// Of a block of the second kernel: columns, and neurons at a time. PITCH: of sums, in which column 64 w + 8 n + i lies at
+// 64 w + 8 i + n, so that a warp's stores meet all banks.
+constexpr int CLUSTER = 8, COLUMNS = 256, ROWS = 256, PITCH = COLUMNS + 8;
 
 // A block has COLUMNS columns, a warp 64 of them and every other 16 neurons, of which thread q of a quad has 4; g: 8 columns.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(32 * WARPS, RESIDENT)
     active_mm(const u16* __restrict__ y, const u32* __restrict__ active, const u16* __restrict__ down,
               const u16* __restrict__ bias, u16* __restrict__ out, i64 tokens, i64 hidden_dim, i64 out_dim) {
   constexpr int AHEAD = TILES == 1 ? 4 : 2;
   extern __shared__ __align__(16) u8 shared[];
   u16* y_here = (u16*)shared;                             // [ROWS][PADDED]
-  float* sums = (float*)(shared + ROWS * PADDED * 2);     // [PADDED][COLUMNS]
-  int* list = (int*)(shared + ROWS * PADDED * 2 + PADDED * COLUMNS * 4);
+  float* sums = (float*)(shared + ROWS * PADDED * 2);     // [PADDED][PITCH]
+  int* list = (int*)(shared + ROWS * PADDED * 2 + PADDED * PITCH * 4);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int words = (int)(hidden_dim / 32), each = (words + blockDim.x - 1) / blockDim.x;
@@ -185,10 +191,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(32 
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int token = 16 * tile + g + k / 2 * 8, column = warp / 2 * 64 + 8 * (2 * q + k % 2) + i;
-            float& sum = sums[token * COLUMNS + column];
-            sum = of_turn == 0 ? d[tile][i][k] : sum + d[tile][i][k];
+          for (int half = 0; half < 2; ++half) {
+            const int token = 16 * tile + g + 8 * half;
+            if (token >= tokens) continue;
+            float2& two = *(float2*)(sums + token * PITCH + warp / 2 * 64 + 8 * i + 2 * q);
+            float2 sum = make_float2(d[tile][i][2 * half], d[tile][i][2 * half + 1]);
+            if (of_turn == 1) sum.x += two.x, sum.y += two.y;
+            two = sum;
           }
         }
       }
@@ -196,11 +205,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(32 
     __syncthreads();
   }
   cluster_sync();
-  const int column = rank * (COLUMNS / CLUSTER) + lane;
+  const int column = rank * (COLUMNS / CLUSTER) + lane, lies_at = column / 64 * 64 + column % 8 * 8 + column / 8 % 8;
   for (int token = warp; token < tokens; token += WARPS) {
     float sum = 0;
 #pragma unroll
-    for (int from = 0; from < CLUSTER; ++from) sum += load_remote(shared_address(sums + token * COLUMNS + column), from);
+    for (int from = 0; from < CLUSTER; ++from) sum += load_remote(shared_address(sums + token * PITCH + lies_at), from);
     const i64 at = first_column + column;
     if (at >= out_dim) continue;
     if (bias != nullptr) sum += to_float(bias[at]);

@@ -343,6 +343,15 @@ __device__ __forceinline__ uint4 load_streaming(const void* pointer) {
   return value;
 }
 
+// Read by this multiprocessor alone, and once: into L2 only.
+__device__ __forceinline__ uint4 load_past_l1(const void* pointer) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer));
+  return value;
+}
+
 // Always one instruction: the compiler splits a conditional one of four words.
 __device__ __forceinline__ void store_four(void* pointer, uint4 value) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
