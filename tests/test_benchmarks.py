@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate
 import hopper
 import machine
 import plot
@@ -109,6 +110,17 @@ def test_a_file_of_another_kind(tmp_path):
     path.write_text('{"rows": []}')
     ran = subprocess.run([sys.executable, summary_of.__file__, path], capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr.endswith(f"{path} is no result of hopper.py: it has none of its parts\n")
+
+
+def test_generating(monkeypatch):
+    """In small, on a CPU; zeros come out as they were asked for."""
+    monkeypatch.setattr(generate, "BATCHES", [2])
+    monkeypatch.setattr(generate, "ROUNDS", 1)
+    rows = generate.measured(generate.TINY, "cpu")
+    assert [(row["batch"], row["shift for"], row["backend"]) for row in rows] == [
+        (2, percent, backend) for percent in (85, 95) for backend in ("inductor", "ao_act24")
+    ]
+    assert all(abs(row["zeros"] - row["shift for"] / 100) < 0.02 and row["tokens/s"] > 0 for row in rows)
 
 
 def test_few_tokens_by_the_neurons_that_fire():
@@ -316,7 +328,7 @@ def test_a_wait_without_a_bound(tmp_path, monkeypatch):
     assert bounded != unbounded
 
 
-@pytest.mark.parametrize("script", [hopper, sanitize])
+@pytest.mark.parametrize("script", [hopper, sanitize, generate])
 def test_without_a_gpu(script, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["it.py"])
