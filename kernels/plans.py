@@ -207,7 +207,7 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
 
 
 ACTIVE_TOKENS = 32  # at most
-ACTIVE = {"NEURONS": 16, "CLUSTER": 8, "COLUMNS": 256, "ROWS": 256, "PITCH": 264}  # as active.cu has them
+ACTIVE = {"CLUSTER": 8, "COLUMNS": 256, "ROWS": 256, "PITCH": 264}  # as active.cu has them
 
 
 @dataclass(frozen=True)
@@ -225,21 +225,22 @@ def _active_ffn(x: torch.Size, down: torch.Size, dtype: torch.dtype, index: int)
     if not 0 < tokens <= ACTIVE_TOKENS or not hidden_dim * out_dim or any(size % 64 for size in (*down, model_dim)):
         return None
     launch.set_current(index)
-    tiles = -(-tokens // 16)
+    eights = next(eights for eights in (1, 2, 4) if tokens <= 8 * eights)
+    tiles, neurons = -(-eights // 2), 16 * eights  # sixteens of tokens; neurons of a block of the first kernel
     rows, columns, cluster = ACTIVE["ROWS"], ACTIVE["COLUMNS"], ACTIVE["CLUSTER"]
     numbers = -(-hidden_dim // (16 * cluster)) * 16  # of the neurons that a block has at most
     shared_bytes = 16 * tiles * (2 * rows + 4 * ACTIVE["PITCH"]) + 4 * numbers
     if shared_bytes > 200 << 10:
         return None
-    defines = (("TILES", tiles),)
+    defines = (("EIGHTS", eights),)
     first = _simple_kernel("active", "active_relu2", dtype, index, defines)
     second = _simple_kernel("active", "active_mm", dtype, index, defines, shared_bytes)
-    between = contiguous((hidden_dim, 16 * tiles), dtype), contiguous((hidden_dim // ACTIVE["NEURONS"],), torch.int16)
+    between = contiguous((hidden_dim, 16 * tiles), dtype), contiguous((hidden_dim // 16,), torch.int16)
     # x, up, bias, y, active, sizes; y, active, down, bias, out, sizes
     sizes = [
         (*[POINTER] * 5, *map(ctypes.c_int64, each)) for each in ((tokens, model_dim), (tokens, hidden_dim, out_dim))
     ]
-    grids = (hidden_dim // ACTIVE["NEURONS"], 1), (cluster * -(-out_dim // columns), 1)
+    grids = (hidden_dim // neurons, 1), (cluster * -(-out_dim // columns), 1)
     return _Active(
         between,
         contiguous((*leading, out_dim), dtype),

@@ -334,7 +334,8 @@ def test_without_a_gpu(script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["it.py"])
     with pytest.raises(SystemExit) as ended:
         script.main()
-    assert (ended.value.code, capsys.readouterr().err) == (2, "it.py needs a Hopper GPU, found none\n")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("it.py needs a") and "GPU, found none" in said
 
 
 @pytest.mark.parametrize("names", ["ab", "abc", "abcd"])

@@ -5,14 +5,16 @@
 // it, so that the neurons that fire are numbered in their order, and takes those of its number: a sum's parts do not depend on the
 // neurons that do not fire, nor on when a block runs. Blocks of a cluster take an eighth of them each, and add up what they have.
 //
-// Compile-time: ELEMENT ("bf16" or "f16"), TILES: sixteens of tokens.
+// Compile-time: ELEMENT ("bf16" or "f16"), EIGHTS of tokens: 1, 2 or 4.
 //
 // mma's operands are loaded as they lie in memory, 16 bytes a thread, and its indices taken in another order, the same in both.
 
 #include "ptx.cuh"
 
-constexpr int WARPS = 8, NEURONS = 16, PADDED = 16 * TILES;  // neurons of a block of the first kernel; tokens
-constexpr int RESIDENT = 2;                                  // blocks on a multiprocessor, at least
+constexpr int WARPS = 8, TILES = (EIGHTS + 1) / 2, PADDED = 16 * TILES;  // sixteens of tokens; tokens
+// Of a block of the first kernel, sixteens of neurons: a warp reads x once for all of them, which with many tokens is as much as
+// their weights. RESIDENT: blocks on a multiprocessor, at least.
+constexpr int SIXTEENS = EIGHTS, RESIDENT = EIGHTS == 4 ? 1 : 2;
 
 // d (16 x 8) += a (16 x 16) * b (16 x 8).
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -37,63 +39,77 @@ __device__ __forceinline__ Words load_x(const u16* from, bool there) {
   return {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
 }
 
-// y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 16 i + n fire? A block for each 16 neurons, whose warps
-// take a part of the columns each: 64 of them at a time, of which thread q of a quad has 16.
+// y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 16 i + n fire? A block's warps take a part of the columns
+// each: 64 of them at a time, of which thread q of a quad has 16.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
     active_relu2(const u16* __restrict__ x, const u16* __restrict__ up, const u16* __restrict__ bias, u16* __restrict__ y,
                  u16* __restrict__ active, i64 tokens, i64 model_dim) {
-  constexpr int AHEAD = 4, EIGHTS = 2 * TILES;
-  __shared__ float parts[WARPS][NEURONS][PADDED + 1];
+  constexpr int AHEAD = 4 / SIXTEENS;
+  __shared__ float parts[WARPS][16][PADDED + 1];
   __shared__ u32 fires;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const i64 neuron = (i64)blockIdx.x * NEURONS, chunks = model_dim / 64;
-  const u16* upper = up + (neuron + g) * model_dim + 8 * q;
-  const u16* lower = upper + 8 * model_dim;
-  float d[EIGHTS][4] = {};
+  const i64 first_neuron = (i64)blockIdx.x * 16 * SIXTEENS, chunks = model_dim / 64;
+  const u16* mine = up + (first_neuron + g) * model_dim + 8 * q;
+  float d[SIXTEENS][EIGHTS][4] = {};
   for (i64 first = warp; first < chunks; first += AHEAD * WARPS) {
-    Words of_upper[AHEAD], of_lower[AHEAD];
+    Words upper[AHEAD][SIXTEENS], lower[AHEAD][SIXTEENS];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const i64 chunk = first + i * WARPS;
-      of_upper[i] = load_weights(upper + 64 * chunk, chunk < chunks);
-      of_lower[i] = load_weights(lower + 64 * chunk, chunk < chunks);
+#pragma unroll
+      for (int m = 0; m < SIXTEENS; ++m) {
+        const u16* from = mine + 16 * m * model_dim + 64 * chunk;
+        upper[i][m] = load_weights(from, chunk < chunks);
+        lower[i][m] = load_weights(from + 8 * model_dim, chunk < chunks);
+      }
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const i64 chunk = first + i * WARPS;
 #pragma unroll
       for (int eight = 0; eight < EIGHTS; ++eight) {
-        if (8 * eight >= tokens) break;
         const i64 token = 8 * eight + g;
         const Words of_x = load_x(x + token * model_dim + 64 * chunk + 8 * q, chunk < chunks && token < tokens);
-        const u32(&u)[8] = of_upper[i].words, (&l)[8] = of_lower[i].words, (&v)[8] = of_x.words;
+        const u32(&v)[8] = of_x.words;
 #pragma unroll
-        for (int step = 0; step < 8; step += 2) mma(d[eight], u[step], l[step], u[step + 1], l[step + 1], v[step], v[step + 1]);
+        for (int m = 0; m < SIXTEENS; ++m) {
+          const u32(&u)[8] = upper[i][m].words, (&l)[8] = lower[i][m].words;
+#pragma unroll
+          for (int step = 0; step < 8; step += 2) {
+            mma(d[m][eight], u[step], l[step], u[step + 1], l[step + 1], v[step], v[step + 1]);
+          }
+        }
       }
     }
   }
-  if (threadIdx.x == 0) fires = 0;
 #pragma unroll
-  for (int eight = 0; eight < EIGHTS; ++eight) {
+  for (int m = 0; m < SIXTEENS; ++m) {
+    const i64 neuron = first_neuron + 16 * m;
+    if (threadIdx.x == 0) fires = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) parts[warp][g + 8 * (i / 2)][8 * eight + 2 * q + i % 2] = d[eight][i];
+    for (int eight = 0; eight < EIGHTS; ++eight) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) parts[warp][g + 8 * (i / 2)][8 * eight + 2 * q + i % 2] = d[m][eight][i];
+    }
+    __syncthreads();
+    u32 seen = 0;
+    for (int at = threadIdx.x; at < 16 * PADDED; at += 32 * WARPS) {
+      const int of_neuron = at / PADDED, token = at % PADDED;
+      u32 value = 0;
+      if (token < tokens) {
+        float sum = bias == nullptr ? 0 : to_float(bias[neuron + of_neuron]);
+#pragma unroll
+        for (int from = 0; from < WARPS; ++from) sum += parts[from][of_neuron][token];
+        value = square(relu(pack_floats(sum, 0))) & 0xFFFF;
+      }
+      y[neuron * PADDED + at] = (u16)value;
+      if (value != 0) seen |= 1u << of_neuron;
+    }
+    seen = __reduce_or_sync(~0u, seen);
+    if (threadIdx.x % 32 == 0) atomicOr(&fires, seen);
+    __syncthreads();
+    if (threadIdx.x == 0) active[blockIdx.x * SIXTEENS + m] = (u16)fires;
   }
-  __syncthreads();
-  u32 seen = 0;
-  for (int at = threadIdx.x; at < NEURONS * PADDED; at += 32 * WARPS) {
-    const int of_neuron = at / PADDED, token = at % PADDED;
-    float sum = 0;
-#pragma unroll
-    for (int from = 0; from < WARPS; ++from) sum += parts[from][of_neuron][token];
-    if (bias != nullptr) sum += to_float(bias[neuron + of_neuron]);
-    const u32 value = token < tokens ? square(relu(pack_floats(sum, 0))) & 0xFFFF : 0;
-    y[neuron * PADDED + at] = (u16)value;
-    if (value != 0) seen |= 1u << of_neuron;
-  }
-  seen = __reduce_or_sync(~0u, seen);
-  if (threadIdx.x % 32 == 0) atomicOr(&fires, seen);
-  __syncthreads();
-  if (threadIdx.x == 0) active[blockIdx.x] = (u16)fires;
 }
 
 // Of a block of the second kernel: columns, and neurons at a time. PITCH: of sums, in which column 64 w + 8 n + i lies at
