@@ -274,7 +274,7 @@ def test_first_matmul_the_same_bits_every_time_and_in_a_graph():
 def test_a_model_runs_them(converted):
     """Compiled from torchao's own conversion, and by ``sparsify_`` in two steps; close to what both do on a CPU."""
     mlp = MLP(dim=1024, hidden=4096).cuda().bfloat16().eval()
-    torch.nn.init.constant_(mlp.up.bias, -0.5)
+    torch.nn.init.constant_(mlp.up.bias, -0.3)  # 70 % zeros
     x = random(8192, 1024)
     with torch.no_grad():
         if converted == "torchao":
@@ -288,7 +288,7 @@ def test_a_model_runs_them(converted):
         packed = reference.relu2_sparsify_fp8(h)
         want = reference.sparse_mm_fp8(*packed, weight.qdata, weight.scale.flatten(), mlp.down.bias, x.dtype)
     error = (got.double() - want.double()).norm() / want.double().norm()
-    assert error < 0.02 < 0.05 < (got.double() - dense.double()).norm() / dense.double().norm()
+    assert error < 0.03 < 0.05 < (got.double() - dense.double()).norm() / dense.double().norm()
     if converted == "torchao":
         code = torch._inductor.utils.run_and_get_code(torch.compile(mlp, backend="ao_act24"), x)[1][0]
         assert "ao_act24_cuda.linear_relu2_sparsify_fp8" in code and "ao_act24_cuda.sparse_mm_fp8" in code
