@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_act24.capture import run_captured
 from ao_act24.config import Act24Config, checked
 from ao_act24.passes import fuse, graph_modules, rewrite_graph
 from ao_act24.passes.show import format_graph, input_name
+from ao_act24.passes.vocabulary import value
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ class CapturedGraphs:
         return paths
 
 
+def _inner_names(node: Node) -> list[str]:
+    """What AOTAutograd makes of an input: of a tensor subclass, such as torchao's, each tensor in it."""
+    name, tensor = input_name(node), value(node)
+    return (
+        [f"{name}.{inner}" for inner in tensor.__tensor_flatten__()[0]]
+        if is_traceable_wrapper_subclass(tensor)
+        else [name]
+    )
+
+
 def capture_graphs(
     model: Callable[..., Any],
     /,
@@ -76,7 +88,8 @@ def capture_graphs(
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         placeholders = gm.graph.find_nodes(op="placeholder")
-        names = {f"primals_{number}": input_name(node) for number, node in enumerate(placeholders, 1)}
+        inputs = [name for node in placeholders for name in _inner_names(node)]
+        names = {f"primals_{number}": name for number, name in enumerate(inputs, 1)}
         before.append(format_graph(gm, "before"))
         for module in graph_modules(gm):
             rewrite_graph(module.graph, checked(config))

@@ -217,8 +217,9 @@ def measure(
     with _Progress() as progress, torch.no_grad(), ignored():
         dense, sparse = run(_compare), run(None)
         if not layers:
+            how = "" if config is None else ", config=config"
             raise ValueError(
-                "model has no Linear→ReLU²→Linear block that can run in 2:4: explain(model, *inputs) says why"
+                f"model has no Linear→ReLU²→Linear block that can run in 2:4: explain(model, *inputs{how}) says why"
             )
         losses = (_loss(dense, loss), _loss(sparse, loss))
         dense_loss, sparse_loss = (None if value is None else float(value) for value in losses)

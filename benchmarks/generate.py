@@ -1,7 +1,7 @@
 """How fast does a ReLU² model of three billion parameters generate? A token at a time, by the neurons that fire.
 
     python benchmarks/generate.py          on one GPU: some two minutes (estimated)
-    python benchmarks/generate.py --tiny   the same in small, on a CPU: checks the script only, times nothing
+    python benchmarks/generate.py --tiny   the same in small, on a CPU: checks the script, its speeds mean nothing
 
 The model is Hugging Face's Nemotron, its weights random, so the text is noise. Biases of the up projections are such
 that as many activations are zero as in a trained model, naturally: how many is measured on the prompts, and stands in
@@ -72,6 +72,7 @@ def set_zeros(model: nn.Module, percent: int) -> None:
 
 def generate(model: NemotronForCausalLM, ids: Tensor, size: Size, backend: str) -> Tensor:
     how = CompileConfig(backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    how._compile_all_devices = True  # on a CPU, too, where it would not
     found: Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

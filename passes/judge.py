@@ -85,6 +85,9 @@ def _why_not_fp8(site: Site, config: Act24Config, grad: bool, dtypes: set[torch.
     (up, _), (down, transposed) = known_weight(site.up), known_weight(site.down)
     if transposed:
         return "a weight in fp8 must be [outputs, inputs]"
+    wrong = [weight.dtype for weight in (up, down) if weight is not None and weight.dtype != torch.bfloat16]
+    if wrong and not is_fp8(down):
+        return f"only bfloat16 weights are converted to fp8, got {wrong[0]}"
     if dtypes - set(ELEMENTS):
         return f"fp8 takes bfloat16 and float16 activations, got {', '.join(sorted(map(str, dtypes - set(ELEMENTS))))}"
     if len(dtypes) > 1 or narrow_source(site.relu2) is None:
@@ -95,9 +98,6 @@ def _why_not_fp8(site: Site, config: Act24Config, grad: bool, dtypes: set[torch.
     if is_fp8(down):
         reason = why_not_by_rows(down)
         return reason and f"the down projection's weight is in fp8, but not as 2:4 takes it: {reason}"
-    wrong = [weight.dtype for weight in (up, down) if weight is not None and weight.dtype != torch.bfloat16]
-    if wrong:
-        return f"only bfloat16 weights are converted to fp8, got {wrong[0]}"
     if odd := [
         size for weight in (up, down) if weight is not None for size in weight.shape if not same_size(size % 16, 0)
     ]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils._dtype_abbrs import dtype_abbrs
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .report import clean_path
 from .vocabulary import value
@@ -134,5 +135,7 @@ def _argument(argument: Any, names: dict[Node, str]) -> str:
 def _type(node: Node) -> str:
     result = value(node)
     if isinstance(result, Tensor):
+        if is_traceable_wrapper_subclass(result):
+            return f"{type(result).__name__}[{', '.join(map(str, result.shape))}]"
         return f"{dtype_abbrs[result.dtype]}[{', '.join(map(str, result.shape))}]"
     return type(result).__name__ if isinstance(result, (torch.SymInt, torch.SymFloat, torch.SymBool)) else ""

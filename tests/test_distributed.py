@@ -75,7 +75,9 @@ def train(rank, directory, way, weight_grads):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("way", "weight_grads"), [*itertools.product(("ddp", "fsdp2", "fsdp2 mixed"), ("dense", "sparse"))])
+@pytest.mark.parametrize(
+    ("way", "weight_grads"), [*itertools.product(("ddp", "fsdp2", "fsdp2 mixed"), ("dense", "sparse"))]
+)
 def test_two_processes(way, weight_grads, tmp_path):
     mp.spawn(train, (str(tmp_path), way, weight_grads), nprocs=2)
     got, exact = torch.load(tmp_path / "gradients"), model(activation=relu2_24)

@@ -97,9 +97,9 @@ forward(
             graphs.after[0],
             """\
 after(
-    up.weight: bf16[32, 16],
+    up.weight: Float8Tensor[32, 16],
     arg0: bf16[4, 16],
-    down.weight: bf16[16, 32],
+    down.weight: Float8Tensor[16, 32],
 ):
     linear = linear(arg0, up.weight, None)                                                            # bf16[4, 32]
     packed, metadata, row_scale = ao_act24.relu2_sparsify_fp8(linear)                                 # f8e4m3fn[4, 16], u8[16, 32], f32[4]

@@ -191,7 +191,7 @@ def test_weights_of_16_bits_belong_to_the_model():
         got = reason(half, data(dtype=torch.float16), config)
         assert got == "only bfloat16 weights are converted to fp8, got torch.float16"
         got = reason(wide, data(dtype=torch.float32), config)
-        assert got == "fp8 takes bfloat16 and float16 activations, got torch.float32"
+        assert got == "only bfloat16 weights are converted to fp8, got torch.float32"
         got = reason(dense_mlp(hidden=264), x, config)
         assert got == "only weights of sizes divisible by 16 are converted to fp8, got 264"
 

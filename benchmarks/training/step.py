@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "training")
+    parser.add_argument("--out", type=Path, help="where to write; with --tiny nothing is written without it")
     arguments = parser.parse_args()
     if not (torch.cuda.is_available() or arguments.tiny):
         parser.error("there is no GPU: --tiny runs on a CPU")
@@ -139,10 +139,14 @@ def main() -> None:
     command = "python benchmarks/training/step.py" + " --tuned" * arguments.tuned + " --tiny" * arguments.tiny
     made = record(command) if torch.cuda.is_available() else {"command": command}
     result["record"] = {**made, "took_s": round(time.perf_counter() - start)}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "step.json"
-    save(result, path)
     show(result)
+    out = arguments.out or Path(__file__).parent.parent / "results" / "training"
+    if arguments.tiny and arguments.out is None:
+        print("done, nothing written")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "step.json"
+    save(result, path)
     print(f"written: {path}" + ", nothing timed" * arguments.tiny)
 
 

@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("arm", choices=ARMS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "training")
+    parser.add_argument("--out", type=Path, help="where to write; with --tiny nothing is written without it")
     arguments = parser.parse_args()
     if not (torch.cuda.is_available() or arguments.tiny):
         parser.error("there is no GPU: --tiny runs on a CPU")
@@ -254,8 +254,12 @@ def main() -> None:
         f"python benchmarks/training/study.py {arguments.arm} --seed {arguments.seed}" + " --tiny" * arguments.tiny
     )
     result["record"] = record(command) if torch.cuda.is_available() else {"command": command}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{arguments.arm}-{arguments.seed}.json"
+    out = arguments.out or Path(__file__).parent.parent / "results" / "training"
+    if arguments.tiny and arguments.out is None:
+        print("done, nothing written")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{arguments.arm}-{arguments.seed}.json"
     path.write_text(json.dumps(result, indent=None) + "\n")
     print(f"written: {path}")
 
