@@ -13,9 +13,10 @@ from torchao.quantization import Float8Tensor, PerRow
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 from torchao.utils import TorchAOBaseTensor
 
-from ao_act24.kernels import layout
+from ao_act24.kernels import layout, plans
 from ao_act24.kernels.reference import E4M3, E4M3_FLOOR, E4M3_MAX
 
+DTYPES = tuple(plans.ELEMENTS)  # of activations and results
 INFERENCE_ONLY = "fp8 has no gradients: in 2:4 it runs under torch.no_grad()"
 NOT_CONVERTED = "sparsify_ converts parameters [outputs, inputs] that nothing but ReLU² FFNs uses"
 HOW_TO_CONVERT = 'sparsify_(model, Act24Config(dtype="fp8")), or torchao.quantization.quantize_, converts them once'
@@ -56,7 +57,7 @@ def why_not_by_rows(weight: Float8Tensor) -> str:
     if how is None:
         return "its activation stays in 16 bits"
     dtypes = {weight.qdata.dtype, how.float8_dtype}
-    if dtypes != {torch.float8_e4m3fn}:
+    if dtypes != {E4M3}:
         return f"it is in {', '.join(sorted(map(str, dtypes)))}"
     if list(weight.block_size) != [1, weight.shape[-1]] or how.granularity != PerRow():
         return f"its scales are of blocks {list(weight.block_size)}, of the activation {how.granularity}"
@@ -87,10 +88,17 @@ def to_torchao(packed: Tensor, metadata: Tensor, row_scale: Tensor, dtype: torch
 
 
 def from_torchao(sparse: TorchAOBaseTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``packed``, ``metadata`` and ``row_scale`` of such a tensor, bit by bit: the inverse of ``to_torchao``."""
+    """``packed``, ``metadata`` and ``row_scale`` of such a tensor, bit by bit: the inverse of ``to_torchao``.
+
+    Raises:
+        TypeError: if ``sparse`` is another tensor.
+        ValueError: unless its shape is divisible by (64, 128).
+    """
     if not isinstance(sparse, torchao_float8_sparse()):
         raise TypeError(f"sparse must be a Float8Sparse2x4_2DData2DMetadataTensor, got {type(sparse).__name__}")
     tokens, hidden_dim = sparse.shape
+    if tokens % 64 or hidden_dim % 128:
+        raise ValueError(f"sparse must have a shape divisible by (64, 128), got {(*sparse.shape,)}")
     rows = layout.from_cutlass_sm90_fp8(sparse.sparse_metadata.view(torch.uint8).reshape(tokens, hidden_dim // 8))
     return sparse.qdata, layout.from_rows(rows), sparse.scale.squeeze(-1)
 

@@ -50,11 +50,9 @@ class CapturedGraphs:
 def _inner_names(node: Node) -> list[str]:
     """What AOTAutograd makes of an input: of a tensor subclass, such as torchao's, each tensor in it."""
     name, tensor = input_name(node), value(node)
-    return (
-        [f"{name}.{inner}" for inner in tensor.__tensor_flatten__()[0]]
-        if is_traceable_wrapper_subclass(tensor)
-        else [name]
-    )
+    if not is_traceable_wrapper_subclass(tensor):
+        return [name]
+    return [f"{name}.{inner}" for inner in tensor.__tensor_flatten__()[0]]
 
 
 def capture_graphs(

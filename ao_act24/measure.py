@@ -323,9 +323,8 @@ class _Probe:
         for module in graph_modules(gm):
             rewrite_graph(module.graph, self.rewrite)
             for site in find_sites(module.graph):
-                if (
-                    not site.rewritten or self.stand_in is None or site.relu2 is None
-                ):  # None: an operator called by name
+                by_name = site.relu2 is None  # an operator that the model calls itself
+                if not site.rewritten or self.stand_in is None or by_name:
                     continue
                 in_fp8 = is_our_op(site.node, "sparse_mm_fp8")
                 if not in_fp8 or self.stand_in is _compare:  # fp8 has no gradients

@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
-from ao_act24 import ops
+from ao_act24 import fp8, ops
 from ao_act24.fingerprint import source_digest
-from ao_act24.fp8 import torchao_float8_sparse
-from ao_act24.kernels import layout
 
 
 class Sparse24Tensor(TorchAOBaseTensor):
@@ -122,14 +120,8 @@ class Sparse24Tensor(TorchAOBaseTensor):
     @classmethod
     def from_torchao(cls, sparse: TorchAOBaseTensor) -> "Sparse24Tensor":
         """From torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``: values times row scales, in its own dtype."""
-        Float8Sparse = torchao_float8_sparse()
-        if not isinstance(sparse, Float8Sparse):
-            raise TypeError(f"sparse must be a Float8Sparse2x4_2DData2DMetadataTensor, got {type(sparse).__name__}")
-        tokens, hidden_dim = sparse.shape
-        cls._require(tokens % 64 == 0 and hidden_dim % 128 == 0, "a shape divisible by (64, 128)", tuple(sparse.shape))
-        packed = (sparse.qdata.float() * sparse.scale.float()).to(sparse.dtype)
-        metadata = sparse.sparse_metadata.view(torch.uint8).reshape(tokens, hidden_dim // 8)
-        return cls(packed, layout.from_rows(layout.from_cutlass_sm90_fp8(metadata)))
+        packed, metadata, row_scale = fp8.from_torchao(sparse)
+        return cls((packed.float() * row_scale.float().unsqueeze(-1)).to(sparse.dtype), metadata)
 
     def to_torchao(self) -> TorchAOBaseTensor:
         """To torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``, in e4m3 with one scale a row, ``amax / 448``.
@@ -137,16 +129,11 @@ class Sparse24Tensor(TorchAOBaseTensor):
         Raises:
             ValueError: unless two-dimensional, not transposed, tokens divisible by 64 and ``hidden_dim`` by 128.
         """
-        Float8Sparse = torchao_float8_sparse()
         self._require(self.dim() == 2 and not self.transposed, "two dimensions and no transpose", self)
         tokens, hidden_dim = self.shape
         self._require(tokens % 64 == 0 and hidden_dim % 128 == 0, "a shape divisible by (64, 128)", tuple(self.shape))
-        limit = torch.finfo(torch.float8_e4m3fn).max
-        scale = self.packed.float().abs().amax(-1, keepdim=True) / limit
-        scale = torch.where(scale == 0, 1.0, scale)
-        qdata = (self.packed.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
-        metadata = layout.to_cutlass_sm90_fp8(layout.to_rows(self.metadata, tokens, hidden_dim))
-        return Float8Sparse(qdata, metadata, scale, block_size=[1, hidden_dim], dtype=self.dtype)
+        values, row_scale = fp8.rows_to_fp8(self.packed)
+        return fp8.to_torchao(values, self.metadata, row_scale, self.dtype)
 
     @staticmethod
     def _require(condition: bool, what: str, got: object) -> None:

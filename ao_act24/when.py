@@ -30,12 +30,14 @@ longer than if all worked alike (``kernels/schedule.py``). Dense over 2:4 time o
     8192 x 1024 x  1024          1.11         1.11     1.23       short K: not taken
     8192 x 4096 x  1024          1.09         1.10     1.20       short K: not taken
 
-Multiplied, they are 1.21 and more: so 2:4 runs where ``waste`` is up to 1.22. From ``least_tokens`` on it is, for any
+Multiplied, they are 1.20 and more: so 2:4 runs where ``waste`` is up to 1.22. From ``least_tokens`` on it is, for any
 number of tokens; below, for some. (``benchmarks/results/hopper.json``, with more sizes: ``python benchmarks/hopper.py
 --only tokens rule outside``; a test holds the rule to it.)
 
 Where the first matmul does not pack its own result ("in two steps"), only the second is ours, and its waste alone is
-asked. GPUs of another number of multiprocessors and model_dim below 768 were not measured: dense.
+asked. GPUs of another number of multiprocessors and model_dim below 768 were not measured: dense. Not measured yet
+either, but run by the same rule: fp8, and weights that have a row for each neuron; nor are up to 32 tokens of such
+weights, by the neurons that fire.
 
 In training, forward and backward, over the same (``--only training`` and, marked *, seen), gradients of weights exact
 or in 2:4 along tokens::
@@ -105,15 +107,13 @@ def _why_not_measured(device: torch.device) -> str:
     return f"when 2:4 pays was measured on a GPU of {CLUSTERS * schedule.CLUSTER} multiprocessors, this one has {found}"
 
 
-def why_not_active(device, dtype, tokens, model_dim, hidden_dim, out_dim) -> str:  # type: ignore[no-untyped-def]
-    """Why few tokens do not run exactly, by the neurons that fire alone; empty if they do. Asks for tokens last."""
-    for name, size in (("model_dim", model_dim), ("hidden_dim", hidden_dim), ("the result's size", out_dim)):
-        if size % 64:
-            return f"the kernels of few tokens take {name} divisible by 64, got {size}"
-    if PHASE.dense:
-        return "the schedule has a dense phase now"
-    reason = cuda.why_not(device, dtype) or (_why_not_measured(device) if device.type == "cuda" else "")
-    return reason or ("" if 0 < tokens <= plans.ACTIVE_TOKENS else "too many tokens")
+def few_tokens_pay(device, dtype, tokens, *sizes) -> bool:  # type: ignore[no-untyped-def]
+    """Whether few tokens run exactly, by the neurons that fire alone. ``sizes``: of the FFN. Asks for tokens last."""
+    if any(size % 64 for size in sizes) or PHASE.dense or cuda.why_not(device, dtype):
+        return False
+    if device.type == "cuda" and _why_not_measured(device):
+        return False
+    return 0 < tokens <= plans.ACTIVE_TOKENS
 
 
 def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[no-untyped-def]

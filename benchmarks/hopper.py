@@ -1,6 +1,6 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 23 minutes (estimated)
+    python benchmarks/hopper.py                  the whole table and its plots: some 27 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
     python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, fp8, decode
 
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import ao_act24
+from ao_act24.fp8 import rows_to_fp8
 from ao_act24.kernels import cuda, reference
 from ao_act24.when import least_tokens
 
@@ -186,18 +187,18 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         ffn, x = ffn_and_input(shape, 90)
         h, b = ffn.up(x), ffn.down.bias
         y, other = F.relu(h).float().square(), torch.empty_like(h)
-        w, w_scale = by_rows(ffn.down.weight)
+        w, w_scale = rows_to_fp8(ffn.down.weight)
         packed, metadata, scale = cuda.relu2_sparsify_fp8(h)
         pruned = reference.unpack(packed.float(), metadata)
         ours = functools.partial(cuda.sparse_mm_fp8, packed, metadata, scale, w, w_scale, b, torch.bfloat16)
         want = F.linear(pruned * scale[:, None], w.float() * w_scale[:, None], b.float())
         check("sparse_mm_fp8", ours(), want)
-        dense, dense_scale = by_rows(y)
+        dense, dense_scale = rows_to_fp8(y)
         scales = {"scale_a": dense_scale[:, None], "scale_b": w_scale[None], "bias": b}
         scales |= {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         matmuls: Runs = {"_scaled_mm": functools.partial(torch._scaled_mm, dense, w.t(), **scales), "2:4": ours}
-        up, up_scale = by_rows(ffn.up.weight)
-        x8, x_scale = by_rows(x)
+        up, up_scale = rows_to_fp8(ffn.up.weight)
+        x8, x_scale = rows_to_fp8(x)
         first = {"scale_a": x_scale[:, None], "scale_b": up_scale[None], "bias": ffn.up.bias}
         first |= {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         matmuls["first matmul, _scaled_mm"] = functools.partial(torch._scaled_mm, x8, up.t(), **first)
@@ -235,12 +236,6 @@ def fp8_ffn(ffn: FFN, x: Tensor, quick: bool, meter: Meter) -> dict[str, Row]:
     errors = {name: getattr(layer, name) for name in ("error", "fp8_error", "fp8_error_in_24")}
     timed["FFN 2:4 fp8"] |= errors
     return timed
-
-
-def by_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """In e4m3, and the scale of each row."""
-    scale = values.float().abs().amax(-1) / torch.finfo(reference.E4M3).max
-    return (values.float() / scale[:, None]).to(reference.E4M3), scale
 
 
 def with_the_faster(timed: dict[str, Row], candidates: Runs) -> dict[str, Row]:

@@ -36,7 +36,7 @@ from ao_act24 import ops, ops_fp8
 from ao_act24.config import Act24Config
 from ao_act24.fingerprint import source_digest
 from ao_act24.fp8 import is_fp8, rows_to_fp8, why_not_by_rows
-from ao_act24.when import why_exact_grads, why_not_active, why_not_fused
+from ao_act24.when import few_tokens_pay, why_exact_grads, why_not_fused
 
 from .find import Site
 from .relu2 import Relu2, strip
@@ -165,7 +165,7 @@ def runs_active(site: Site) -> bool:
     hidden_dim, out_dim = by_neurons.shape
     size = value(up.input).shape[-1], hidden_dim, out_dim
     tokens = math.prod(h.shape[:-1])
-    return not depends_on_data(tokens) and not why_not_active(h.device, h.dtype, tokens, *size)
+    return not depends_on_data(tokens) and few_tokens_pay(h.device, h.dtype, tokens, *size)
 
 
 def _why_kept(up: Linear, relu2: Relu2) -> str:

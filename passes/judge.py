@@ -7,9 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ao_act24 import fp8
 from ao_act24.config import Act24Config
 from ao_act24.fp8 import HOW_TO_CONVERT, INFERENCE_ONLY, NOT_CONVERTED, is_fp8, why_not_by_rows
-from ao_act24.kernels.plans import ELEMENTS
 from ao_act24.ops import DTYPES
 from ao_act24.when import why_dense
 
@@ -88,8 +88,8 @@ def _why_not_fp8(site: Site, config: Act24Config, grad: bool, dtypes: set[torch.
     wrong = [weight.dtype for weight in (up, down) if weight is not None and weight.dtype != torch.bfloat16]
     if wrong and not is_fp8(down):
         return f"only bfloat16 weights are converted to fp8, got {wrong[0]}"
-    if dtypes - set(ELEMENTS):
-        return f"fp8 takes bfloat16 and float16 activations, got {', '.join(sorted(map(str, dtypes - set(ELEMENTS))))}"
+    if others := dtypes - set(fp8.DTYPES):
+        return f"fp8 takes bfloat16 and float16 activations, got {', '.join(sorted(map(str, others)))}"
     if len(dtypes) > 1 or narrow_source(site.relu2) is None:
         return "the activation is cast on its way, which fp8 does not take"
     bias = _bias(site.down)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ao_act24.config import Act24Config
 from ao_act24.fp8 import is_fp8
-from ao_act24.kernels.reference import E4M3
 
 from .find import Site
 from .judge import hidden_size
@@ -138,7 +138,8 @@ def describe(site: Site, reason: str, config: Act24Config) -> Verdict:
     if hidden is None and site.up is not None and value(site.up.node) is not None:
         hidden = value(site.up.node).shape[-1]
     like = next((tensor for tensor in (h, out, weight) if tensor is not None), None)
-    in_fp8 = is_fp8(weight) or getattr(weight, "dtype", None) == E4M3 or (config.dtype == "fp8" and not reason)
+    e4m3 = torch.float8_e4m3fn
+    in_fp8 = is_fp8(weight) or getattr(weight, "dtype", None) == e4m3 or (config.dtype == "fp8" and not reason)
     return Verdict(
         path=_module_path(site),
         activation=site.activation,
@@ -147,7 +148,7 @@ def describe(site: Site, reason: str, config: Act24Config) -> Verdict:
         x=_sizes(x),
         hidden_dim=None if hidden is None else _size(hidden),
         out=_sizes(out),
-        dtype="" if like is None else str(E4M3 if in_fp8 else like.dtype).removeprefix("torch."),
+        dtype="" if like is None else str(e4m3 if in_fp8 else like.dtype).removeprefix("torch."),
         device="" if like is None else str(like.device),
         source=_source(site.node),
         few=site.few,

@@ -30,6 +30,19 @@ def check_packing(h):
     assert torch.equal(packed.float().isnan(), want[0].float().isnan()) and torch.equal(*bits)
 
 
+def poison_fp8(monkeypatch):
+    """e4m3 has no masked fills: as bytes."""
+    guards = poison(monkeypatch)
+    poisoned = cuda._empty
+
+    def as_bytes(shape, strides, dtype):
+        found = poisoned(shape, strides, torch.uint8 if dtype == E4M3 else dtype)
+        return found.view(dtype) if dtype == E4M3 else found
+
+    monkeypatch.setattr(cuda, "_empty", as_bytes)
+    return guards
+
+
 def quantised(*shape):
     weight = random(*shape)
     scale = weight.float().abs().amax(-1) / 448
@@ -239,14 +252,7 @@ def test_first_matmul_of_more_results_than_32_bits_count():
 def test_first_matmul_writes_all_outputs_and_nothing_else(monkeypatch):
     arguments = first_operands(8190, 512, 2048, whole=True)
     want = reference.linear_relu2_sparsify_fp8(*arguments)
-    guards = poison(monkeypatch)
-    poisoned = cuda._empty
-
-    def poisoned_fp8(shape, strides, dtype):
-        found = poisoned(shape, strides, torch.uint8 if dtype == E4M3 else dtype)
-        return found.view(dtype) if dtype == E4M3 else found
-
-    monkeypatch.setattr(cuda, "_empty", poisoned_fp8)
+    guards = poison_fp8(monkeypatch)
     got = cuda.linear_relu2_sparsify_fp8(*arguments)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want))
     assert len(guards) == 5 and untouched(guards)
@@ -310,14 +316,7 @@ def test_every_output_is_written_and_nothing_else(monkeypatch):
     want = cuda.sparse_mm_fp8(*arguments)
     hidden = [random(999, 1000), random(333, 4096)]
     packed = [reference.relu2_sparsify_fp8(h) for h in hidden]
-
-    def poisoned_fp8(shape, strides, dtype):  # e4m3 has no masked fills: as bytes
-        found = poisoned(shape, strides, torch.uint8 if dtype == E4M3 else dtype)
-        return found.view(dtype) if dtype == E4M3 else found
-
-    guards = poison(monkeypatch)
-    poisoned = cuda._empty
-    monkeypatch.setattr(cuda, "_empty", poisoned_fp8)
+    guards = poison_fp8(monkeypatch)
     assert torch.equal(cuda.sparse_mm_fp8(*arguments), want)
     for h, right in zip(hidden, packed):
         got = cuda.relu2_sparsify_fp8(h)

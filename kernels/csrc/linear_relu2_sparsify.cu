@@ -20,7 +20,7 @@ struct LinearRelu2Sparsify {
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
     const Place place = place_of(tile);
-    const int row = place.row, block = row / 16;
+    const int row = place.row;
     u16* line = packed + (i64)row * (shape.columns / 2) + place.column / 2;
     u32 codes[4];
 #pragma unroll
@@ -51,13 +51,7 @@ struct LinearRelu2Sparsify {
         store_four(line + 8 * (i64)(shape.columns / 2) + 32 * s, make_uint4(lower[0], lower[1], lower[2], lower[3]));
       }
     }
-    if (block * 16 >= shape.tokens) return;
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {  // padding
-      if (row >= shape.tokens) codes[s] = 0x44444444u;
-      else if (row + 8 >= shape.tokens) codes[s] = (codes[s] & 0xFFFF) | 0x44440000u;
-    }
-    metadata[((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+    store_codes(metadata, codes, tile, row, shape);
   }
 };
 

@@ -23,7 +23,7 @@ struct LinearRelu2Sparsify {
 
   __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
     const Place place = place_of(tile);
-    const int row = place.row, block = row / 16;
+    const int row = place.row;
     u16* line = kept + (i64)row * (shape.columns / 2) + place.column / 2;
     const float upper_scale = __ldg(x_scale + min(row, shape.tokens - 1));
     const float lower_scale = __ldg(x_scale + min(row + 8, shape.tokens - 1));
@@ -63,18 +63,12 @@ struct LinearRelu2Sparsify {
     }
     largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, 2));
-    if (block * 16 >= shape.tokens) return;
     if (thread_index() % 4 == 0) {
       u16* to = parts + (i64)row * shape.column_tiles + tile.column / TILE_N;
       if (row < shape.tokens) to[0] = (u16)largest;
       if (row + 8 < shape.tokens) to[8 * (i64)shape.column_tiles] = (u16)(largest >> 16);
     }
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {  // padding
-      if (row >= shape.tokens) codes[s] = 0x44444444u;
-      else if (row + 8 >= shape.tokens) codes[s] = (codes[s] & 0xFFFF) | 0x44440000u;
-    }
-    metadata[((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+    store_codes(metadata, codes, tile, row, shape);
   }
 };
 

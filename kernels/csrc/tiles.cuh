@@ -136,6 +136,19 @@ __device__ __forceinline__ Place place_of(const Tile& tile) {
   return {tile.row + (int)(thread / 32 * 16 + thread % 32 / 4), tile.column + (int)(thread % 4 * (RUN / 4))};
 }
 
+// A warp's block of metadata, where a thread has the codes of 16 columns of each 64, of its rows `row` (low halves) and row + 8. Codes
+// beyond the last row pad.
+__device__ __forceinline__ void store_codes(uint4* metadata, u32 (&codes)[4], const Tile& tile, int row, const Shape& shape) {
+  const int block = row / 16;
+  if (block * 16 >= shape.tokens) return;
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    if (row >= shape.tokens) codes[s] = 0x44444444u;
+    else if (row + 8 >= shape.tokens) codes[s] = (codes[s] & 0xFFFF) | 0x44440000u;
+  }
+  metadata[((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+}
+
 // A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`; `multiply(d, ring, tile)`, which waits for each stage
 // of a tile, releases it when it has been read, and ends when the products are in d; and `store(d, tile)`.
 template <class Kernel>
