@@ -43,7 +43,7 @@ FIRST = {"linear_relu2_sparsify": [(3840, 584, 2112), (250, 64, 8768), (1279, 72
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
 FP8 = {"fp8": [(1279, 592, 4672), (33, 136, 100), (250, 64, 8768), (3, 64, 64)]}  # tokens, model_dim, hidden_dim
 ACTIVE = {
-    "few tokens": [(1, 192, 4160, 320), (17, 64, 64, 64), (32, 128, 1024, 576)]
+    "few tokens": [(1, 192, 4160, 320), (9, 64, 64, 64), (16, 128, 1024, 576)]
 }  # tokens, D, H, and D of the result
 GRADIENTS = {
     "gradients": [(1, 1283, 576, 2112), (1, 131, 584, 192), (8, 64, 128, 192)]

@@ -221,8 +221,9 @@ def relu2_ffn(
 def active_ffn(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
     """As ``reference.active_ffn``, reading of ``down`` only what belongs to neurons that fire for one token at least.
 
-    What an infinity or NaN in ``down`` would make of a zero is not computed. The kernels take up to 32 tokens, D and H
-    divisible by 64, and a ``down`` that is a transposed ``[H, D]``: a row for each neuron. Else this is dense.
+    What an infinity or NaN in ``down`` would make of a zero is not computed. The kernels take up to 16 tokens, D and H
+    divisible by 64, H and the elements of ``x`` up to 65536, and a ``down`` that is a transposed ``[H, D]``: a row for
+    each neuron. Else this is dense.
     """
     index = x.get_device()
     if index != torch._C._cuda_getDevice():
@@ -236,9 +237,10 @@ def active_ffn(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down
     down_bias = None if down_bias is None else down_bias.contiguous()
     y, active = (_empty(*shape) for shape in plan.between)
     out = _empty(*plan.out)
-    pointers = (0 if bias is None else bias.data_ptr() for bias in (up_bias, down_bias))
-    plan.first(x.data_ptr(), up.data_ptr(), next(pointers), y.data_ptr(), active.data_ptr())
-    plan.second(y.data_ptr(), active.data_ptr(), down.data_ptr(), next(pointers), out.data_ptr())
+    biases = [0 if bias is None else bias.data_ptr() for bias in (up_bias, down_bias)]
+    between = y.data_ptr(), active.data_ptr()
+    plan.first(x.data_ptr(), up.data_ptr(), biases[0], down.data_ptr(), *between)
+    plan.second(*between, down.data_ptr(), biases[1], out.data_ptr())
     return out
 
 

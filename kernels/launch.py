@@ -13,25 +13,63 @@ POINTER = None  # in the arguments of a launch: a pointer, which each call bring
 class Launch:
     """A launch on torch's current stream that is ready but for the stream and the pointers.
 
-    ``arguments`` are in the kernel's order: ctypes objects, and ``POINTER``.
+    ``arguments`` are in the kernel's order: ctypes objects, and ``POINTER``. ``early``: the kernel may start before
+    the one launched before it has ended, for whose end it waits itself. ``cluster``: so many blocks along x.
     """
 
     def __init__(
-        self, index: int, kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: Sequence[Any]
+        self,
+        index: int,
+        kernel: Any,
+        grid: tuple[int, int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Any],
+        early: bool = False,
+        cluster: int = 1,
     ) -> None:
         self._index, self._kept = index, arguments
         self._pointers = (ctypes.c_uint64 * arguments.count(POINTER))()
         slots = (ctypes.addressof(self._pointers) + 8 * slot for slot in range(len(self._pointers)))
         addresses = [next(slots) if argument is POINTER else ctypes.addressof(argument) for argument in arguments]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._start = kernel, *grid, 1, threads, 1, 1, shared_bytes
-        self._end = ctypes.addressof(self._addresses), 0
-        self._driver = driver()
+        self._config = configuration(grid, threads, shared_bytes, cluster, early)
+        self._rest = kernel, ctypes.addressof(self._addresses), 0
+        self._launch = driver().cuLaunchKernelEx
 
     def __call__(self, *pointers: int) -> None:
         self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        checked("cuLaunchKernel", self._driver.cuLaunchKernel(*self._start, stream, *self._end))
+        self._config.hStream = torch._C._cuda_getCurrentRawStream(self._index)
+        checked("cuLaunchKernelEx", self._launch(self._config, *self._rest))
+
+
+def configuration(grid: tuple[int, int], threads: int, shared_bytes: int, cluster: int = 1, early: bool = False) -> Any:
+    """A ``CUlaunchConfig``, but for the stream; arguments as of ``Launch``."""
+    api, attributes = driver(), []
+
+    def attribute(kind: str) -> Any:
+        attributes.append(api.CUlaunchAttribute())
+        attributes[-1].id = getattr(api.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{kind}")
+        return attributes[-1].value
+
+    if early:
+        attribute("PROGRAMMATIC_STREAM_SERIALIZATION").programmaticStreamSerializationAllowed = 1
+        # A multiprocessor that has to part its memory anew ends all that it runs first.
+        attribute("PREFERRED_SHARED_MEMORY_CARVEOUT").sharedMemCarveout = 100  # per cent
+    if cluster > 1:
+        size = attribute("CLUSTER_DIMENSION").clusterDim
+        size.x, size.y, size.z = cluster, 1, 1
+    config = api.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.attrs, config.numAttrs = shared_bytes, attributes, len(attributes)
+    return config
+
+
+def most_clusters(kernel: Any, config: Any, index: int) -> int:
+    """How many clusters of such a launch the device runs at a time."""
+    with torch.cuda.device(index):
+        return int(checked("cuOccupancyMaxActiveClusters", driver().cuOccupancyMaxActiveClusters(kernel, config))[1])
 
 
 def set_current(index: int) -> None:

@@ -19,7 +19,8 @@ from .launch import POINTER, Launch, TensorMap
 from .schedule import CLUSTER, TILE_COLUMNS, TILE_ROWS
 
 ELEMENTS = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
-_THREADS = 256  # a block of the packing kernels
+_THREADS = 256  # a block of all kernels but the matmuls
+_WARPS = _THREADS // 32
 # of the matmuls, tiles.cuh
 MATMUL_THREADS = 512
 MATMUL_STARTS_WITH = 128  # registers: see there
@@ -206,8 +207,11 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
     return _matmul(name, x.numel() // model_dim, hidden_dim, model_dim, dtype, index, outputs)
 
 
-ACTIVE_TOKENS = 32  # at most
-ACTIVE = {"CLUSTER": 8, "COLUMNS": 256, "ROWS": 256, "PITCH": 264}  # as active.cu has them
+ACTIVE_TOKENS, ACTIVE_HIDDEN_DIM, ACTIVE_X = 16, 1 << 16, 1 << 16  # at most; of tokens times model_dim, too
+# Of active.cu, see there. With UP_STAGES 5 to 7 and DOWN_STAGES 5 to 8 times were the same; with 3, a tenth longer.
+ACTIVE = {"UP_STAGES": 6, "DOWN_STAGES": 7, "PREFETCHED": 1 << 16}
+_STAGE = 16 * 64 * 2  # bytes of weights
+_SHARED_BYTES = 225 << 10  # that a block can have, and some for what the kernels declare
 
 
 @dataclass(frozen=True)
@@ -222,31 +226,47 @@ def _active_ffn(x: torch.Size, down: torch.Size, dtype: torch.dtype, index: int)
     *leading, model_dim = x
     out_dim, hidden_dim = down
     tokens = x.numel() // max(model_dim, 1)
-    if not 0 < tokens <= ACTIVE_TOKENS or not hidden_dim * out_dim or any(size % 64 for size in (*down, model_dim)):
+    if not 0 < tokens <= min(ACTIVE_TOKENS, ACTIVE_X // max(model_dim, 1)) or any(
+        size % 64 for size in (*down, model_dim)
+    ):
+        return None
+    if not 0 < hidden_dim <= ACTIVE_HIDDEN_DIM or out_dim == 0:
         return None
     launch.set_current(index)
-    eights = next(eights for eights in (1, 2, 4) if tokens <= 8 * eights)
-    tiles, neurons = -(-eights // 2), 16 * eights  # sixteens of tokens; neurons of a block of the first kernel
-    rows, columns, cluster = ACTIVE["ROWS"], ACTIVE["COLUMNS"], ACTIVE["CLUSTER"]
-    numbers = -(-hidden_dim // (16 * cluster)) * 16  # of the neurons that a block has at most
-    shared_bytes = 16 * tiles * (2 * rows + 4 * ACTIVE["PITCH"]) + 4 * numbers
-    if shared_bytes > 200 << 10:
-        return None
-    defines = (("EIGHTS", eights),)
-    first = _simple_kernel("active", "active_relu2", dtype, index, defines)
-    second = _simple_kernel("active", "active_mm", dtype, index, defines, shared_bytes)
-    between = contiguous((hidden_dim, 16 * tiles), dtype), contiguous((hidden_dim // 16,), torch.int16)
-    # x, up, bias, y, active, sizes; y, active, down, bias, out, sizes
-    sizes = [
-        (*[POINTER] * 5, *map(ctypes.c_int64, each)) for each in ((tokens, model_dim), (tokens, hidden_dim, out_dim))
-    ]
-    grids = (hidden_dim // neurons, 1), (cluster * -(-out_dim // columns), 1)
-    return _Active(
-        between,
-        contiguous((*leading, out_dim), dtype),
-        Launch(index, first, grids[0], _THREADS, 0, sizes[0]),
-        Launch(index, second, grids[1], _THREADS, shared_bytes, sizes[1]),
+    blocks = torch.cuda.get_device_properties(index).multi_processor_count
+    eights, slices = -(-tokens // 8), out_dim // 64
+    column_warps = next(warps for warps in (1, 2, 4, 8) if slices <= blocks * warps or warps == 8)
+    slices = -(-slices // column_warps)
+    x_bytes, parts = tokens * (2 * model_dim + 16), 8192 * eights
+    up_stages = min(ACTIVE["UP_STAGES"], (_SHARED_BYTES - parts - x_bytes) // (_WARPS * _STAGE))
+    down_stage = _WARPS * (_STAGE + 256 * eights)
+    down_stages = min(ACTIVE["DOWN_STAGES"], (_SHARED_BYTES - 2 * hidden_dim) // down_stage)
+    stages = {"UP_STAGES": up_stages, "DOWN_STAGES": down_stages}
+    defines = tuple({"EIGHTS": eights, "COLUMN_WARPS": column_warps, **ACTIVE, **stages}.items())
+    up_bytes, down_bytes = _WARPS * up_stages * _STAGE + x_bytes, down_stages * down_stage + 2 * hidden_dim
+    first = _simple_kernel("active", "active_relu2", dtype, index, defines, up_bytes)
+    second = _simple_kernel("active", "active_mm", dtype, index, defines, down_bytes)
+    cluster = _cluster(second, slices, blocks, down_bytes, index)
+    # x, up, bias, down, y, active, sizes; y, active, down, bias, out, sizes
+    arguments = (
+        (*[POINTER] * 6, *map(ctypes.c_int, (tokens, model_dim, hidden_dim // 16, out_dim))),
+        (*[POINTER] * 5, *map(ctypes.c_int, (tokens, hidden_dim, out_dim))),
     )
+    return _Active(
+        (contiguous((hidden_dim, 8 * eights), dtype), contiguous((hidden_dim // 8,), torch.uint8)),
+        contiguous((*leading, out_dim), dtype),
+        Launch(index, first, (min(blocks, hidden_dim // 16), 1), _THREADS, up_bytes, arguments[0], early=True),
+        Launch(index, second, (cluster * slices, 1), _THREADS, down_bytes, arguments[1], early=True, cluster=cluster),
+    )
+
+
+def _cluster(function: Any, clusters: int, blocks: int, shared_bytes: int, index: int) -> int:
+    """The largest size of so many clusters that run all at a time, in so many blocks; clusters do not cross GPCs."""
+    for size in range(min(8, blocks // clusters), 1, -1):
+        config = launch.configuration((size * clusters, 1), _THREADS, shared_bytes, cluster=size)
+        if launch.most_clusters(function, config, index) >= clusters:
+            return size
+    return 1
 
 
 @dataclass(frozen=True)
@@ -372,18 +392,11 @@ def _simple_kernel(
 @functools.cache
 def _matmul_kernel(name: str, dtype: torch.dtype, index: int) -> tuple[Any, int]:
     """The kernel, and how many of its clusters the device holds at a time."""
-    driver, shared_bytes = launch.driver(), _shared_bytes(name)
-    entry = source(name)
+    entry, shared_bytes = source(name), _shared_bytes(name)
     loaded = compile.kernel(entry, entry, matmul_defines(name, dtype), index, shared_bytes, MATMUL_STARTS_WITH)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count // CLUSTER * CLUSTER
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.blockDimX, config.sharedMemBytes = blocks, MATMUL_THREADS, shared_bytes
-    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     function = _function(loaded, index)
-    with torch.cuda.device(index):
-        _, clusters = launch.checked(
-            "cuOccupancyMaxActiveClusters", driver.cuOccupancyMaxActiveClusters(function, config)
-        )
+    clusters = launch.most_clusters(function, launch.configuration((blocks, 1), MATMUL_THREADS, shared_bytes), index)
     return function, min(clusters, blocks // CLUSTER)
 
 

@@ -85,17 +85,17 @@ def test_squaring_to_fp8(dtype, tmp_path):
     assert any("F2FP.SATFINITE.E4M3" in line for line in sass)
 
 
-@pytest.mark.parametrize("eights", [1, 2, 4])
+@pytest.mark.parametrize("column_warps", [1, 8])
+@pytest.mark.parametrize("eights", [1, 2])
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)
-def test_few_tokens(dtype, eights, tmp_path):
-    code = compile.cubin("active", {"ELEMENT": plans.ELEMENTS[dtype], "EIGHTS": eights})
-    sass = instructions(code, tmp_path)
+def test_few_tokens(dtype, eights, column_warps, tmp_path):
+    defines = {"ELEMENT": plans.ELEMENTS[dtype], "EIGHTS": eights, "COLUMN_WARPS": column_warps, **plans.ACTIVE}
+    sass = instructions(compile.cubin("active", defines), tmp_path)
     check_local_memory(sass)
     product = "HMMA.16816.F32" + {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
-    assert sum(f"{product} " in line for line in sass) == 16 * eights + 32
-    assert sum("LDSM.16.MT88.4" in line for line in sass) == 4
-    assert sum("LDG.E.NA.128" in line for line in sass) == 16, "weights of the first, past L1"
-    assert sum("LDG.E.EF.128" in line for line in sass) == (8 if eights == 4 else 16)
+    assert sum(f"{product} " in line for line in sass) == 4 * eights + 4 * eights
+    assert sum("LDSM.16.MT88.4" in line for line in sass) == 4 + 1 and sum("ACQBULK" in line for line in sass) == 2
+    assert sum("LDGSTS.E.BYPASS.128" in line for line in sass) >= 16, "past the registers, and past L1"
 
 
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)

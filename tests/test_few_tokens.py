@@ -4,6 +4,7 @@
 """
 
 import copy
+import functools
 import io
 
 import pytest
@@ -14,8 +15,9 @@ from oracle import relative_error, relu2_24
 from torch import nn
 
 import ao_act24
-from ao_act24 import Act24Config, neuron_major_, ops
+from ao_act24 import Act24Config, neuron_major_, ops, when
 from ao_act24.passes import graph_modules, rewrite_graph
+from ao_act24.when import FEW_TOKENS
 
 DENSE = 1e-6
 SIZES = {"dim": 64, "hidden": 128}
@@ -24,6 +26,7 @@ SIZES = {"dim": 64, "hidden": 128}
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     monkeypatch.setattr("ao_act24.when.cuda.why_not", lambda device, dtype: "")
+    monkeypatch.setattr("ao_act24.when.FEW_TOKENS", ((64 * 64, 8),))
 
 
 def few_tokens(model, config=None, dynamic=None):
@@ -52,8 +55,8 @@ def by_neurons(bias=True, **sizes):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tokens", [(1,), (32,), (2, 16), (1, 1, 3)], ids=str)
-def test_up_to_32_tokens_are_exact(tokens, bias):
+@pytest.mark.parametrize("tokens", [(1,), (8,), (2, 4), (1, 1, 3)], ids=str)
+def test_up_to_8_tokens_are_exact(tokens, bias):
     mlp, x = by_neurons(bias), torch.randn(*tokens, 64)
     with torch.no_grad():
         run, seen = few_tokens(mlp)
@@ -61,7 +64,7 @@ def test_up_to_32_tokens_are_exact(tokens, bias):
     assert seen == [["active_ffn"]]
 
 
-@pytest.mark.parametrize("tokens", [33, 100])
+@pytest.mark.parametrize("tokens", [9, 100])
 def test_more_run_in_24(tokens):
     mlp, x = by_neurons(), torch.randn(tokens, 64)
     with torch.no_grad():
@@ -75,9 +78,9 @@ def test_one_model_owns_a_graph_of_each():
     mlp = by_neurons()
     with torch.no_grad():
         run, seen = few_tokens(mlp, dynamic=True)
-        for tokens in (5, 32, 40, 7, 100):
+        for tokens in (5, 8, 40, 7, 100):
             x = torch.randn(tokens, 64)
-            want = mlp(x) if tokens <= 32 else mlp.down(relu2_24(mlp.up(x)))
+            want = mlp(x) if tokens <= 8 else mlp.down(relu2_24(mlp.up(x)))
             assert relative_error(run(x), want) < 1e-5
     assert seen == [["active_ffn"], ["relu2_sparsify", "sparse_mm"]]
 
@@ -99,6 +102,17 @@ def test_which_weights(made):
         run, seen = few_tokens(mlp)
         run(x)
     assert seen == [["active_ffn"] if mlp.up.weight.dtype == torch.float64 else ["relu2_sparsify", "sparse_mm"]]
+
+
+def test_sizes_that_were_measured(monkeypatch):
+    """From a size on, up to so many tokens, of which a block's memory holds all."""
+    pay = functools.partial(when.few_tokens_pay, torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(when, "FEW_TOKENS", FEW_TOKENS)
+    assert [n for n in range(12) if pay(n, 8192, 32768, 8192)] == list(range(1, 9))
+    assert [n for n in range(12) if pay(n, 4096, 16384, 4096)] == list(range(1, 5))
+    assert not any(pay(1, *sizes) for sizes in ((4096, 16320, 4096), (4096, 16384, 4032), (4032, 16384, 4096)))
+    assert [n for n in range(12) if pay(n, 18432, 65536, 18432)] == [1, 2, 3]
+    assert not pay(1, 18432, 73728, 18432)
 
 
 def test_gradients_and_emulation_are_in_24():

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ ARGUMENTS = {
     10: 7,
     11: 10,
     12: 6,
-    13: 7,
+    13: 10,
     14: 8,
 }  # how many each has
 STREAM = 0x7FFF00000040
@@ -53,13 +54,21 @@ class Driver:
     def __getattr__(self, name):
         return getattr(driver, name)
 
-    def cuLaunchKernel(self, kernel, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
-        assert (z, threads_y, threads_z, stream, extra) == (1, 1, 1, STREAM, 0)
-        self.launches, self.blocks, self.threads, self.shared = self.launches + 1, x * y, threads, shared
+    def cuLaunchKernelEx(self, config, kernel, parameters, extra):
+        assert (config.gridDimZ, config.blockDimY, config.blockDimZ, int(config.hStream)) == (1, 1, 1, STREAM)
+        assert extra == 0
+        self.launches, self.blocks = self.launches + 1, config.gridDimX * config.gridDimY
+        self.threads, self.shared = config.blockDimX, config.sharedMemBytes
+        self.attributes = {attribute.id: attribute.value for attribute in config.attrs}
         self.arguments = (ctypes.c_void_p * ARGUMENTS[kernel]).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
         self.before, self.last = self.last, self.words
         return SUCCESS
+
+    def cuOccupancyMaxActiveClusters(self, kernel, config):
+        """As an H100 that has one such block on a multiprocessor answers."""
+        (attribute,) = config.attrs
+        return *SUCCESS, {2: 66, 3: 39, 4: 31, 5: 23, 6: 19, 7: 16, 8: 15}[attribute.value.clusterDim.x]
 
     def cuTensorMapEncodeTiled(self, dtype, rank, address, sizes, strides, box, *_):
         self.maps.append([[int(number) for number in numbers] for numbers in (sizes, strides, box)])
@@ -82,6 +91,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(cuda, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(cuda, "PLANS", plans.Plans())
     return stand_in
 
@@ -165,27 +175,43 @@ def test_linear_relu2_sparsify_fp8(hidden_dim, launched):
 
 
 @pytest.mark.parametrize(
-    "tokens, hidden_dim, out_dim, padded, shared",
-    [(1, 1024, 128, 16, 25600), (16, 16384, 320, 16, 33280), (17, 32768, 64, 32, 66560), (32, 64, 64, 32, 50240)],
+    "tokens, hidden_dim, out_dim, padded, cluster, blocks, shared",
+    [
+        (1, 1024, 128, 8, 8, 16, 131072),
+        (8, 1024, 1024, 8, 7, 112, 131072),  # sixteen clusters of eight would not run at a time
+        (9, 16384, 4096, 16, 2, 128, 176128),
+        (4, 8192, 8192, 8, 1, 128, 145408),
+        (4, 128, 16384, 8, 1, 128, 129280),  # 128 columns a block
+        (1, 65536, 5120, 8, 1, 80, 223232),  # fewer stages: numbers of neurons are 128 KB
+    ],
 )
-def test_active_ffn(tokens, hidden_dim, out_dim, padded, shared, launched):
-    """Neurons are rows of down in memory. The second kernel has y, sums and numbers of neurons in shared memory."""
+def test_active_ffn(tokens, hidden_dim, out_dim, padded, cluster, blocks, shared, launched):
+    """Neurons are rows of down in memory. Both kernels may start early; of the second many blocks run at a time."""
     x, up = torch.randn(1, tokens, 192).to(BF16), torch.randn(hidden_dim, 192).to(BF16)
-    by_neurons, biases = torch.randn(hidden_dim, out_dim).to(BF16), (torch.randn(hidden_dim).to(BF16), None)
+    by_neurons, biases = torch.zeros(hidden_dim, out_dim).to(BF16), (torch.randn(hidden_dim).to(BF16), None)
     out = cuda.active_ffn(x, up, biases[0], by_neurons.t(), biases[1])
     assert out.shape == (1, tokens, out_dim) and launched.launches == 2
     first, second = launched.before, launched.last
-    assert first[:3] == [x.data_ptr(), up.data_ptr(), biases[0].data_ptr()] and first[5:] == [tokens, 192]
-    assert second == [*first[3:5], by_neurons.data_ptr(), 0, out.data_ptr(), tokens, hidden_dim, out_dim]
-    assert (launched.blocks, launched.threads, launched.shared) == (8 * -(-out_dim // 256), 256, shared)
+    assert first[:4] == [x.data_ptr(), up.data_ptr(), biases[0].data_ptr(), by_neurons.data_ptr()]
+    assert second[:5] == [*first[4:6], by_neurons.data_ptr(), 0, out.data_ptr()]
+    sizes = [ctypes.c_int.from_address(address).value for address in launched.arguments[5:]]
+    assert sizes == [tokens, hidden_dim, out_dim]
+    assert (launched.blocks, launched.threads, launched.shared) == (blocks, 256, shared)
+    kinds = driver.CUlaunchAttributeID
+    assert launched.attributes[kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION]
+    of_cluster = launched.attributes.get(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+    assert cluster == (of_cluster.clusterDim.x if of_cluster else 1)
     y, active = cuda.PLANS.active_ffn(x.shape, by_neurons.t().shape, BF16, -1).between
-    assert y[0] == (hidden_dim, padded) and active[0] == (hidden_dim // 16,)
+    assert y[0] == (hidden_dim, padded) and active[0] == (hidden_dim // 8,)
     dense = cuda.active_ffn(x, up, biases[0], by_neurons.t().contiguous(), biases[1])
     assert launched.launches == 2
     torch.testing.assert_close(dense, reference.active_ffn(x, up, biases[0], by_neurons.t(), None), rtol=0.02, atol=1)
 
 
-@pytest.mark.parametrize(("tokens", "model_dim", "hidden_dim"), [(33, 64, 64), (0, 64, 64), (4, 72, 64), (4, 64, 96)])
+@pytest.mark.parametrize(
+    ("tokens", "model_dim", "hidden_dim"),
+    [(17, 64, 64), (0, 64, 64), (4, 72, 64), (4, 64, 96), (1, 64, 65600), (16, 8192, 64)],
+)
 def test_active_ffn_of_sizes_that_the_kernels_do_not_take(tokens, model_dim, hidden_dim, launched):
     x, up = torch.randn(tokens, model_dim).to(BF16), torch.randn(hidden_dim, model_dim).to(BF16)
     by_neurons = torch.randn(hidden_dim, model_dim).to(BF16)
@@ -365,8 +391,8 @@ def test_each_thread_makes_the_context_current(launched, monkeypatch):
 
 
 def test_an_error_is_named(launched, monkeypatch):
-    monkeypatch.setattr(Driver, "cuLaunchKernel", lambda *_: (driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,))
-    with pytest.raises(RuntimeError, match="cuLaunchKernel failed: CUDA_ERROR_LAUNCH_FAILED"):
+    monkeypatch.setattr(Driver, "cuLaunchKernelEx", lambda *_: (driver.CUresult.CUDA_ERROR_LAUNCH_FAILED,))
+    with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed: CUDA_ERROR_LAUNCH_FAILED"):
         cuda.relu2_sparsify(torch.randn(8, 64).to(BF16))
 
 

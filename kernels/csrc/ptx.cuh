@@ -136,6 +136,12 @@ __device__ __forceinline__ u32 cluster_rank() {
   return rank;
 }
 
+__device__ __forceinline__ u32 cluster_size() {
+  u32 size;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -151,6 +157,29 @@ __device__ __forceinline__ float load_remote(u32 shared, u32 block) {
       : "r"(shared), "r"(block)
       : "memory");
   return value;
+}
+
+// --- a kernel that starts while the one before it in the stream ends, where its launch allows that
+
+// The next kernel's blocks may come as soon as all of this one's have started.
+__device__ __forceinline__ void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Until the kernel before has ended, and all that it wrote is there.
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// --- asynchronous copies: 16 bytes into shared memory, in groups that end in their order
+
+// Zeros where it is not `there`.
+__device__ __forceinline__ void copy_16(u32 shared, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all groups but the last so many are there.
+template <int GROUPS>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
 // --- bulk tensor copies: a box of a tensor of three dimensions into shared memory, zeros where it lies outside
@@ -288,7 +317,16 @@ __device__ __forceinline__ u32 transpose(u32 word) {
   return column;
 }
 
-// Of four 8 x 8 matrices in shared memory, row r of matrix m being where thread 8 m + r points to, thread 4 g + q gets rows 2 q and
+// Of four 8 x 8 matrices in shared memory, row r of matrix m being where thread 8 m + r points to, thread 4 g + q gets columns 2 q
+// and 2 q + 1 of row g.
+__device__ __forceinline__ void load_matrices(u32 (&words)[4], u32 shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// The same, but rows 2 q and
 // 2 q + 1 of column g.
 __device__ __forceinline__ void load_transposed(u32 (&words)[4], u32 shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -338,15 +376,6 @@ __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("pr
 __device__ __forceinline__ uint4 load_streaming(const void* pointer) {
   uint4 value;
   asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(pointer));
-  return value;
-}
-
-// Read by this multiprocessor alone, and once: into L2 only.
-__device__ __forceinline__ uint4 load_past_l1(const void* pointer) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(pointer));
   return value;
