@@ -42,6 +42,7 @@ KERNELS = (  # functions of kernels.cuda, each named as its operator
     "relu2_sparsify_fp8",
     "linear_relu2_sparsify_fp8",
     "sparse_mm_fp8",
+    "active_ffn_fp8",
 )
 DIRECT = {getattr(torch.ops.ao_act24, name).default: f"ao_act24_cuda.{name}" for name in KERNELS}
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ao_act24.fp8 import is_fp8
 from ao_act24.passes.find import find_sites
 from ao_act24.passes.vocabulary import known_weight
 from ao_act24.trace import may_hold_ffn, trace
@@ -18,6 +19,10 @@ def neuron_major_(model: nn.Module) -> int:
     (but with ``assign=True``). Then ``torch.compile(model, backend="ao_act24")`` runs few tokens, in inference, by the
     rows of the neurons that fire alone. Many tokens run in 2:4 all the same; training on a GPU runs dense. Call it
     before an optimizer, ``sparsify_``, FSDP or DDP is given the model: they may count on strides.
+
+    So are the weights of ``quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))``. But in
+    fp8 tensor cores multiply rows of outputs only: many tokens then run dense, and torchao copies the weight at each
+    call. That is for models, or copies of them, that only decode.
 
     Args:
         model: the model, or a part of it. Blocks that ``torch.fx`` cannot trace alone stay as they are, and so do
@@ -43,8 +48,12 @@ def neuron_major_(model: nn.Module) -> int:
         if site.reason or site.down is None:
             continue
         weight, transposed = known_weight(site.down)
-        plain = isinstance(weight, nn.Parameter) and not is_traceable_wrapper_subclass(weight)
-        if not plain or id(weight) in ups:
+        if id(weight) in ups:
+            continue
+        if is_fp8(weight) and not transposed:
+            weight.qdata = weight.qdata.t().contiguous().t()
+            found.add(id(weight))
+        if not isinstance(weight, nn.Parameter) or is_traceable_wrapper_subclass(weight):
             continue
         found.add(id(weight))
         with torch.inference_mode(weight.is_inference()):  # else the parameter could not be used as before

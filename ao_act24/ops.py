@@ -91,11 +91,11 @@ def _check_packed(packed: Tensor, metadata: Tensor) -> None:
     _check_metadata(metadata, packed.shape[:-1], packed.shape[-1] * 2, packed.device)
 
 
-def _check_weight(weight: Tensor, dim: int, size: int, size_of: str) -> None:
-    torch._check_value(weight.dim() == 2, lambda: f"weight must be [D, H], got shape {tuple(weight.shape)}")
+def _check_weight(weight: Tensor, dim: int, size: int, size_of: str, name: str = "weight") -> None:
+    torch._check_value(weight.dim() == 2, lambda: f"{name} must be [D, H], got shape {tuple(weight.shape)}")
     torch._check_value(
         weight.shape[dim] == size,
-        lambda: f"weight must be [D, H] with {'DH'[dim]} = {size} as in {size_of}, got shape {tuple(weight.shape)}",
+        lambda: f"{name} must be [D, H] with {'DH'[dim]} = {size} as in {size_of}, got shape {tuple(weight.shape)}",
     )
 
 
@@ -127,26 +127,28 @@ def _plain_sparse_mm(packed: Tensor, metadata: Tensor, weight: Tensor, bias: Ten
     )
 
 
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "weight") -> None:
     _floating("x", x)
     torch._check_value(
         weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.shape[0] % 4 == 0,
         lambda: (
-            f"weight must be [H, D] with H divisible by 4 and D = {x.shape[-1]} as in x, "
+            f"{name} must be [H, D] with H divisible by 4 and D = {x.shape[-1]} as in x, "
             f"got shape {tuple(weight.shape)}"
         ),
     )
-    _same("weight", weight, "x", x)
-    _check_bias(bias, weight, "x", x)
+    _same(name, weight, "x", x)
+    _check_bias(bias, weight, "x", x, name)
 
 
-def _check_bias(bias: Tensor | None, weight: Tensor, other_name: str, other: Tensor) -> None:
+def _check_bias(bias: Tensor | None, weight: Tensor, other_name: str, other: Tensor, of: str = "weight") -> None:
+    """``of``: the name of the weight, which the bias has with ``_bias``; of ``weight`` it is ``bias``."""
     if bias is not None:
+        name = "bias" if of == "weight" else f"{of}_bias"
         torch._check_value(
             bias.dim() == 1 and bias.shape[0] == weight.shape[0],
-            lambda: f"bias must have shape ({weight.shape[0]},) as weight has rows, got {tuple(bias.shape)}",
+            lambda: f"{name} must have shape ({weight.shape[0]},) as {of} has rows, got {tuple(bias.shape)}",
         )
-        _same("bias", bias, other_name, other)
+        _same(name, bias, other_name, other)
 
 
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -282,10 +284,10 @@ _define(
 def _check_ffn(
     x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, feature_wise: bool = False
 ) -> None:
-    _check_linear(x, up, up_bias)
-    _check_weight(down, 1, up.shape[0], "up")
+    _check_linear(x, up, up_bias, "up")
+    _check_weight(down, 1, up.shape[0], "up", "down")
     _same("down", down, "x", x)
-    _check_bias(down_bias, down, "x", x)
+    _check_bias(down_bias, down, "x", x, "down")
 
 
 def _plain_ffn(x, up, up_bias, down, down_bias, feature_wise=False):  # type: ignore[no-untyped-def]

@@ -5,10 +5,13 @@
                                     the same of h = x_scale * (x @ weight.T) * weight_scale + bias, in dtype
     sparse_mm_fp8(packed, metadata, row_scale, weight, weight_scale, bias, dtype)   -> out
                                     row_scale * (unpack(packed, metadata) @ weight.T) * weight_scale + bias, in dtype
+    active_ffn_fp8(x, x_scale, up, up_scale, up_bias, down, down_scale, down_bias, dtype)   -> out
+                                    for few tokens the whole FFN, nothing dropped: relu(h)**2 by rows in e4m3
 
 ``h`` is ``[..., H]``, bfloat16 or float16, H divisible by 4; ``packed [..., H / 2]`` and ``weight [D, H]`` are e4m3,
 ``row_scale [...]`` and ``weight_scale [D]`` fp32, ``bias [D]`` and ``out [..., D]`` of ``dtype``, bfloat16 or float16.
-``x`` is ``[..., D]``, and the weight that it is multiplied by ``[H, D]``. ``metadata`` is as in ``ops``. What is
+``x`` is ``[..., D]``, and the weight that it is multiplied by, as ``up``, ``[H, D]``; ``down`` is ``[D, H]``.
+``metadata`` is as in ``ops``. What is
 rounded where, ``kernels.reference`` says. None has a gradient.
 """
 
@@ -74,23 +77,29 @@ def _check_sparse_mm(
 
 
 def _check_linear(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    name: str = "weight",
 ) -> None:
     _check_e4m3("x", x)
-    _check_e4m3("weight", weight)
+    _check_e4m3(name, weight)
     torch._check_value(
         x.dim() >= 1 and weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.shape[0] % 4 == 0,
         lambda: (
-            f"weight must be [H, D] with H divisible by 4 and D as in x, of shape {tuple(x.shape)}, "
+            f"{name} must be [H, D] with H divisible by 4 and D as in x, of shape {tuple(x.shape)}, "
             f"got shape {tuple(weight.shape)}"
         ),
     )
     _check_scale("x_scale", x_scale, x.shape[:-1])
-    _check_scale("weight_scale", weight_scale, weight.shape[:1])
+    _check_scale(f"{name}_scale", weight_scale, weight.shape[:1])
     _check_sixteen("dtype", dtype)
-    ops._check_bias(bias, weight, "h", x.new_empty(0, dtype=dtype))
-    for name, tensor in (("weight", weight), ("x_scale", x_scale), ("weight_scale", weight_scale)):
-        _check_device(name, tensor, x.device, "x")
+    ops._check_bias(bias, weight, "h", x.new_empty(0, dtype=dtype), name)
+    for each, tensor in ((name, weight), ("x_scale", x_scale), (f"{name}_scale", weight_scale)):
+        _check_device(each, tensor, x.device, "x")
 
 
 def _plain_linear(x, x_scale, weight, weight_scale, bias, dtype):  # type: ignore[no-untyped-def]
@@ -106,6 +115,42 @@ def _plain_linear(x, x_scale, weight, weight_scale, bias, dtype):  # type: ignor
         and x.device == weight.device == x_scale.device == weight_scale.device
         and dtype in plans.ELEMENTS
         and (bias is None or (bias.shape == weight_scale.shape and bias.dtype == dtype and bias.device == x.device))
+    )
+
+
+def _check_ffn(
+    x: Tensor,
+    x_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    _check_linear(x, x_scale, up, up_scale, up_bias, dtype, "up")
+    _check_e4m3("down", down)
+    ops._check_weight(down, 1, up.shape[0], "up", "down")
+    _check_scale("down_scale", down_scale, down.shape[:1])
+    ops._check_bias(down_bias, down, "out", x.new_empty(0, dtype=dtype), "down")
+    for name, tensor in (("down", down), ("down_scale", down_scale)):
+        _check_device(name, tensor, x.device, "x")
+
+
+def _plain_ffn(x, x_scale, up, up_scale, up_bias, down, down_scale, down_bias, dtype):  # type: ignore[no-untyped-def]
+    return (
+        _plain_linear(x, x_scale, up, up_scale, up_bias, dtype)
+        and down.dtype == reference.E4M3
+        and down.dim() == 2
+        and down.shape[1] == up.shape[0]
+        and down_scale.dtype == torch.float32
+        and down_scale.shape == down.shape[:1]
+        and x.device == down.device == down_scale.device
+        and (
+            down_bias is None
+            or (down_bias.shape == down_scale.shape and down_bias.dtype == dtype and down_bias.device == x.device)
+        )
     )
 
 
@@ -163,15 +208,26 @@ ops._define(
     ),
     (cuda.sparse_mm_fp8, _plain),
 )
+ops._define(
+    "active_ffn_fp8(Tensor x, Tensor x_scale, Tensor up, Tensor up_scale, Tensor? up_bias, Tensor down, "
+    "Tensor down_scale, Tensor? down_bias, ScalarType dtype) -> Tensor",
+    _check_ffn,
+    reference.active_ffn_fp8,
+    lambda x, x_scale, up, up_scale, up_bias, down, down_scale, down_bias, dtype: x.new_empty(
+        (*x.shape[:-1], down.shape[0]), dtype=dtype
+    ),
+    (cuda.active_ffn_fp8, _plain_ffn),
+)
 
 
 def _no_gradient(ctx: Any, *_: Any) -> None:
     raise NotImplementedError("the fp8 operators have no gradient: fp8 is for inference, under torch.no_grad()")
 
 
-for _name in ("relu2_sparsify_fp8", "linear_relu2_sparsify_fp8", "sparse_mm_fp8"):
+for _name in ("relu2_sparsify_fp8", "linear_relu2_sparsify_fp8", "sparse_mm_fp8", "active_ffn_fp8"):
     torch.library.register_autograd(f"ao_act24::{_name}", _no_gradient)
 
 relu2_sparsify_fp8 = torch.ops.ao_act24.relu2_sparsify_fp8
 linear_relu2_sparsify_fp8 = torch.ops.ao_act24.linear_relu2_sparsify_fp8
 sparse_mm_fp8 = torch.ops.ao_act24.sparse_mm_fp8
+active_ffn_fp8 = torch.ops.ao_act24.active_ffn_fp8

@@ -47,7 +47,8 @@ independent (seen): the worst case is 50 % zeros, of which four tokens leave 6 %
     6144 x 24576             1.81                -             1.46      1.25         -      1.01          -
     8192 x 32768             1.85             1.62             1.48      1.28      1.01      1.01          -
 
-So ``FEW_TOKENS``: from D x H on, up to so many tokens. Smaller sizes were not measured: dense, or 2:4.
+So ``FEW_TOKENS``: from D x H on, up to so many tokens. Smaller sizes were not measured: dense, or 2:4. Nor was fp8:
+its weights count as half as many.
 
 In training, forward and backward, over the same (``--only training`` and, marked *, seen), gradients of weights exact
 or in 2:4 along tokens::
@@ -118,13 +119,18 @@ def _why_not_measured(device: torch.device) -> str:
     return f"when 2:4 pays was measured on a GPU of {CLUSTERS * schedule.CLUSTER} multiprocessors, this one has {found}"
 
 
-def few_tokens_pay(device, dtype, tokens, model_dim, hidden_dim, out_dim) -> bool:  # type: ignore[no-untyped-def]
+def few_tokens_pay(  # type: ignore[no-untyped-def]
+    device, dtype, tokens, model_dim, hidden_dim, out_dim, in_fp8=False
+) -> bool:
     """Whether few tokens run exactly, by the neurons that fire alone. Asks for tokens last: that installs a guard."""
-    if any(size % 64 for size in (model_dim, hidden_dim, out_dim)) or PHASE.dense or cuda.why_not(device, dtype):
+    each = 2 if in_fp8 else 1  # of weights in 16 bits
+    if model_dim % (64 * each) or hidden_dim % 64 or out_dim % (64 * each) or PHASE.dense:
+        return False
+    if cuda.why_not(device, dtype):
         return False
     if device.type == "cuda" and _why_not_measured(device):
         return False
-    size = min(model_dim, out_dim) * hidden_dim
+    size = min(model_dim, out_dim) * hidden_dim // each
     most = max((tokens for least, tokens in FEW_TOKENS if size >= least), default=0)
     fits = hidden_dim <= plans.ACTIVE_HIDDEN_DIM and plans.ACTIVE_X // model_dim
     return 0 < tokens <= min(most, fits)

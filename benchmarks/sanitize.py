@@ -42,9 +42,10 @@ MATMULS = {  # tokens, model_dim, hidden_dim
 FIRST = {"linear_relu2_sparsify": [(3840, 584, 2112), (250, 64, 8768), (1279, 72, 3584), (200, 328, 320), (1, 8, 64)]}
 UNBOUNDED = {"WAIT_TRIES": "0xFFFFFFFFu"}  # see ptx.cuh
 FP8 = {"fp8": [(1279, 592, 4672), (33, 136, 100), (250, 64, 8768), (3, 64, 64)]}  # tokens, model_dim, hidden_dim
-ACTIVE = {
-    "few tokens": [(1, 192, 4160, 320), (9, 64, 64, 64), (16, 128, 1024, 576)]
-}  # tokens, D, H, and D of the result
+ACTIVE = {  # tokens, D, H, and D of the result
+    "few tokens": [(1, 192, 4160, 320), (9, 64, 64, 64), (16, 128, 1024, 576)],
+    "few tokens in fp8": [(1, 384, 4160, 640), (9, 128, 64, 128), (16, 256, 1024, 1152)],
+}
 GRADIENTS = {
     "gradients": [(1, 1283, 576, 2112), (1, 131, 584, 192), (8, 64, 128, 192)]
 }  # the first two leave three tokens
@@ -96,7 +97,7 @@ def workload(case: str) -> None:
             for tokens, model_dim, hidden_dim in FP8.get(case, ()):
                 fp8(tokens, model_dim, hidden_dim, dtype)
             for tokens, *sizes in ACTIVE.get(case, ()):
-                few_tokens(tokens, *sizes, dtype)
+                (few_tokens_fp8 if case.endswith("fp8") else few_tokens)(tokens, *sizes, dtype)
     torch.cuda.synchronize()
     print(DONE)
 
@@ -182,6 +183,20 @@ def few_tokens(tokens: int, model_dim: int, hidden_dim: int, out_dim: int, dtype
     biases = torch.full((hidden_dim,), -(model_dim**0.5)).to(dtype), torch.randn(out_dim).to(dtype)
     got = cuda.active_ffn(x.cuda(), up.cuda(), biases[0].cuda(), down.cuda().t(), biases[1].cuda()).cpu().float()
     want = reference.active_ffn(x, up, biases[0], down.t(), biases[1]).float()
+    assert (got - want).norm() < 0.01 * want.norm()
+
+
+def few_tokens_fp8(tokens: int, model_dim: int, hidden_dim: int, out_dim: int, dtype: torch.dtype) -> None:
+    x, up, down = (
+        torch.randint(-1, 2, size).to(reference.E4M3)
+        for size in ((tokens, model_dim), (hidden_dim, model_dim), (hidden_dim, out_dim))
+    )
+    scales = [torch.ones(n) for n in (tokens, hidden_dim, out_dim)]
+    biases = torch.full((hidden_dim,), -(model_dim**0.5)).to(dtype), torch.randn(out_dim).to(dtype)
+    first, down_too = (x, scales[0], up, scales[1], biases[0]), (scales[2], biases[1])
+    on_gpu = [[tensor.cuda() for tensor in each] for each in (first, down_too)]
+    got = cuda.active_ffn_fp8(*on_gpu[0], down.cuda().t(), *on_gpu[1], dtype).cpu().float()
+    want = reference.active_ffn_fp8(*first, down.t(), *down_too, dtype).float()
     assert (got - want).norm() < 0.01 * want.norm()
 
 

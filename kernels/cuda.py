@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from . import compile, layout, reference
-from .plans import ELEMENTS, PLANS
+from .plans import ELEMENTS, PLANS, Active
 
 # Allocates on the current device, as Inductor's generated code does it: a plain function, past torch's dispatcher, in
 # less than half of ``new_empty``'s time.
@@ -229,18 +229,58 @@ def active_ffn(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
             return active_ffn(x, up, up_bias, down, down_bias)
-    plan = PLANS.active_ffn(x.shape, down.shape, x.dtype, index) if down.stride() == (1, down.shape[0]) else None
-    if plan is None or down.data_ptr() % 16:
+    plan = _active_plan(x, down, x.dtype, index)
+    if plan is None:
         return linear(reference.relu2(linear(x, up, up_bias)), down, down_bias)
+    return _run_active(plan, x, None, up, None, up_bias, down, None, down_bias)
+
+
+def active_ffn_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As ``reference.active_ffn_fp8``, which runs where ``active_ffn`` would be dense, or D is no multiple of 128."""
+    index = x.get_device()
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return active_ffn_fp8(x, x_scale, up, up_scale, up_bias, down, down_scale, down_bias, dtype)
+    plan = _active_plan(x, down, dtype, index)
+    if plan is None:
+        return reference.active_ffn_fp8(x, x_scale, up, up_scale, up_bias, down, down_scale, down_bias, dtype)
+    return _run_active(plan, x, x_scale, up, up_scale, up_bias, down, down_scale, down_bias)
+
+
+def _active_plan(x: Tensor, down: Tensor, dtype: torch.dtype, index: int) -> Active | None:
+    if down.stride() != (1, down.shape[0]) or down.data_ptr() % 16:
+        return None
+    return PLANS.active_ffn(x.shape, down.shape, x.dtype != dtype, dtype, index)
+
+
+def _run_active(
+    plan: Active,
+    x: Tensor,
+    x_scale: Tensor | None,
+    up: Tensor,
+    up_scale: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor | None,
+    down_bias: Tensor | None,
+) -> Tensor:
+    more = [None if t is None else t.contiguous() for t in (up_bias, x_scale, up_scale, down_scale, down_bias)]
+    of_up_bias, of_x, of_up, of_down, of_down_bias = (0 if t is None else t.data_ptr() for t in more)
     x, up = _aligned(x), _aligned(up)
-    up_bias = None if up_bias is None else up_bias.contiguous()
-    down_bias = None if down_bias is None else down_bias.contiguous()
-    y, active = (_empty(*shape) for shape in plan.between)
-    out = _empty(*plan.out)
-    biases = [0 if bias is None else bias.data_ptr() for bias in (up_bias, down_bias)]
-    between = y.data_ptr(), active.data_ptr()
-    plan.first(x.data_ptr(), up.data_ptr(), biases[0], down.data_ptr(), *between)
-    plan.second(*between, down.data_ptr(), biases[1], out.data_ptr())
+    held = [_empty(*shape) for shape in plan.between]
+    between, out = [tensor.data_ptr() for tensor in held], _empty(*plan.out)
+    plan.first(x.data_ptr(), up.data_ptr(), of_up_bias, down.data_ptr(), of_x, of_up, *between)
+    plan.second(*between, down.data_ptr(), of_down, of_down_bias, out.data_ptr())
     return out
 
 

@@ -215,47 +215,51 @@ _SHARED_BYTES = 225 << 10  # that a block can have, and some for what the kernel
 
 
 @dataclass(frozen=True)
-class _Active:
-    between: tuple[Empty, ...]  # y and the bits of the neurons that fire
+class Active:
+    between: tuple[Empty, ...]  # y, the bits of the neurons that fire, and, in fp8, each block's largest relu(h)
     out: Empty
     first: Launch
     second: Launch
 
 
-def _active_ffn(x: torch.Size, down: torch.Size, dtype: torch.dtype, index: int) -> _Active | None:
+def _active_ffn(x: torch.Size, down: torch.Size, fp8: bool, dtype: torch.dtype, index: int) -> Active | None:
     *leading, model_dim = x
-    out_dim, hidden_dim = down
-    tokens = x.numel() // max(model_dim, 1)
-    if not 0 < tokens <= min(ACTIVE_TOKENS, ACTIVE_X // max(model_dim, 1)) or any(
-        size % 64 for size in (*down, model_dim)
-    ):
+    columns, hidden_dim = down
+    tokens, each = x.numel() // max(model_dim, 1), 2 if fp8 else 1  # of weights in an element of 16 bits
+    if not 0 < tokens <= min(ACTIVE_TOKENS, ACTIVE_X // max(model_dim, 1)) or columns == 0:
         return None
-    if not 0 < hidden_dim <= ACTIVE_HIDDEN_DIM or out_dim == 0:
+    if model_dim % (64 * each) or columns % (64 * each) or hidden_dim % 64 or not 0 < hidden_dim <= ACTIVE_HIDDEN_DIM:
         return None
     launch.set_current(index)
     blocks = torch.cuda.get_device_properties(index).multi_processor_count
-    eights, slices = -(-tokens // 8), out_dim // 64
-    column_warps = next(warps for warps in (1, 2, 4, 8) if slices <= blocks * warps or warps == 8)
-    slices = -(-slices // column_warps)
-    x_bytes, parts = tokens * (2 * model_dim + 16), 8192 * eights
+    in_dim, out_dim, eights = model_dim // each, columns // each, -(-tokens // 8)
+    column_warps = next(warps for warps in (1, 2, 4, 8) if out_dim // 64 <= blocks * warps or warps == 8)
+    slices = -(-out_dim // (64 * column_warps))
+    x_bytes, parts = tokens * (2 * in_dim + 16), 8192 * eights
     up_stages = min(ACTIVE["UP_STAGES"], (_SHARED_BYTES - parts - x_bytes) // (_WARPS * _STAGE))
     down_stage = _WARPS * (_STAGE + 256 * eights)
     down_stages = min(ACTIVE["DOWN_STAGES"], (_SHARED_BYTES - 2 * hidden_dim) // down_stage)
     stages = {"UP_STAGES": up_stages, "DOWN_STAGES": down_stages}
-    defines = tuple({"EIGHTS": eights, "COLUMN_WARPS": column_warps, **ACTIVE, **stages}.items())
+    defines = tuple({"FP8": each - 1, "EIGHTS": eights, "COLUMN_WARPS": column_warps, **ACTIVE, **stages}.items())
     up_bytes, down_bytes = _WARPS * up_stages * _STAGE + x_bytes, down_stages * down_stage + 2 * hidden_dim
     first = _simple_kernel("active", "active_relu2", dtype, index, defines, up_bytes)
     second = _simple_kernel("active", "active_mm", dtype, index, defines, down_bytes)
-    cluster = _cluster(second, slices, blocks, down_bytes, index)
-    # x, up, bias, down, y, active, sizes; y, active, down, bias, out, sizes
+    cluster, first_blocks = _cluster(second, slices, blocks, down_bytes, index), min(blocks, hidden_dim // 16)
+    # x, up, bias, down, x_scale, up_scale, y, active, largest, sizes
+    # y, active, largest, down, down_scale, bias, out, sizes
     arguments = (
-        (*[POINTER] * 6, *map(ctypes.c_int, (tokens, model_dim, hidden_dim // 16, out_dim))),
-        (*[POINTER] * 5, *map(ctypes.c_int, (tokens, hidden_dim, out_dim))),
+        (*[POINTER] * 9, *map(ctypes.c_int, (tokens, in_dim, hidden_dim // 16, out_dim))),
+        (*[POINTER] * 7, *map(ctypes.c_int, (tokens, hidden_dim, out_dim, first_blocks))),
     )
-    return _Active(
-        (contiguous((hidden_dim, 8 * eights), dtype), contiguous((hidden_dim // 8,), torch.uint8)),
-        contiguous((*leading, out_dim), dtype),
-        Launch(index, first, (min(blocks, hidden_dim // 16), 1), _THREADS, up_bytes, arguments[0], early=True),
+    of_tokens = 8 * eights
+    return Active(
+        (
+            contiguous((hidden_dim, of_tokens), dtype),
+            contiguous((hidden_dim // 8,), torch.uint8),
+            contiguous((first_blocks if fp8 else 0, of_tokens), torch.int16),
+        ),
+        contiguous((*leading, columns), dtype),
+        Launch(index, first, (first_blocks, 1), _THREADS, up_bytes, arguments[0], early=True),
         Launch(index, second, (cluster * slices, 1), _THREADS, down_bytes, arguments[1], early=True, cluster=cluster),
     )
 

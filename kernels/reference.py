@@ -59,6 +59,36 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX, E4M3_FLOOR = torch.finfo(E4M3).max, 1e-12  # of what is scaled, as torchao has it
 
 
+def active_ffn_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``active_ffn`` of e4m3 with scales, its activation scaled to e4m3 as ``relu2_sparsify_fp8`` does; none dropped.
+
+    ``x [..., D]``, ``x_scale [...]``, ``up [H, D]``, ``up_scale [H]``, ``down [D, H]``, ``down_scale [D]``; scales are
+    fp32, biases and the result of ``dtype``, which ``h`` is rounded to.
+    """
+    h = x.float() @ up.float().t() * x_scale.unsqueeze(-1) * up_scale
+    relu = (h if up_bias is None else h + up_bias.float()).to(dtype).clamp_min(0)
+    scaled, row_scale = scale_to_e4m3(relu.float().square())
+    out = torch.nn.functional.linear(scaled.float(), down.float()) * row_scale.unsqueeze(-1) * down_scale
+    return (out if down_bias is None else out + down_bias.float()).to(dtype)
+
+
+def scale_to_e4m3(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """``squares [..., H]`` times ``1 / row_scale``, rounded to e4m3, and ``row_scale [...]``: the largest over 448."""
+    largest = squares.amax(-1) if squares.shape[-1] else squares.new_zeros(squares.shape[:-1])
+    row_scale = largest.clamp_min(E4M3_FLOOR) / largest.new_full((), E4M3_MAX)  # by a number, a GPU would multiply
+    return (squares * row_scale.reciprocal().unsqueeze(-1)).clamp_max(E4M3_MAX).to(E4M3), row_scale
+
+
 def relu2_sparsify_fp8(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``relu2_sparsify`` of 16-bit ``h`` to e4m3, with a scale for each row: ``packed, metadata, row_scale``.
 
@@ -67,11 +97,8 @@ def relu2_sparsify_fp8(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     relu = h.clamp_min(0)
     index = two_largest(relu)
-    kept = take(relu, index).float().square()
-    largest = kept.amax(-1) if kept.shape[-1] else kept.new_zeros(kept.shape[:-1])
-    row_scale = largest.clamp_min(E4M3_FLOOR) / largest.new_full((), E4M3_MAX)  # by a number, a GPU would multiply
-    scaled = (kept * row_scale.reciprocal().unsqueeze(-1)).clamp_max(E4M3_MAX)
-    return scaled.to(E4M3), layout.encode(index), row_scale
+    packed, row_scale = scale_to_e4m3(take(relu, index).float().square())
+    return packed, layout.encode(index), row_scale
 
 
 def linear_relu2_sparsify(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

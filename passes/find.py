@@ -97,6 +97,10 @@ def _already_rewritten(node: Node) -> Site | None:
         first, second = ((argument(node, i, ""), argument(node, i + 1, "")) for i in (1, 3))
         up, down = Linear(node, argument(node, 0, "x"), *first, False), Linear(node, node, *second, False)
         return Site("relu²", node, down=down, up=up, rewritten=True, few=True)
+    if is_our_op(node, "active_ffn_fp8"):
+        first, second = ((_tensor_of(argument(node, i, "")), argument(node, i + 2, "")) for i in (2, 5))
+        up, down = Linear(node, argument(node, 0, "x"), *first, False), Linear(node, node, *second, False)
+        return Site("relu²", node, down=down, up=up, rewritten=True, few=True)
     in_fp8 = is_our_op(node, "sparse_mm_fp8")
     if not in_fp8 and not is_our_op(node, "sparse_mm"):
         return None

@@ -84,10 +84,11 @@ def fuse(graph: Graph, config: Act24Config) -> None:
 
 def _fuse_in_fp8(three: Node, up: Linear) -> None:
     """As above. Not where the packing stood, either."""
+    assert up.weight is not None
     emit = Emitter(up.node)
     x = emit.inlined(rows_to_fp8, up.input)
-    weight = emit.call(getattr, up.weight, "qdata"), emit.method("flatten", emit.call(getattr, up.weight, "scale"))
-    fused = emit.call(ops_fp8.linear_relu2_sparsify_fp8.default, *x, *weight, up.bias, value(up.node).dtype)
+    operands = *x, *emit.fp8(up.weight), up.bias, value(up.node).dtype
+    fused = emit.call(ops_fp8.linear_relu2_sparsify_fp8.default, *operands)
     three.replace_all_uses_with(fused)
     three.graph.erase_node(three)
     three.graph.erase_node(up.node)
@@ -137,8 +138,11 @@ def packs_itself(site: Site) -> bool:
     return up is not None and not _why_kept(up, site.relu2) and _plain(up) and _has_kernel(up)
 
 
-def why_apart(site: Site) -> str:
-    """Why both matmuls of a site, before it is rewritten, will not be one operator in training; empty if they will."""
+def why_apart(site: Site, in_fp8: bool = False) -> str:
+    """Why both matmuls of a site, before it is rewritten, will not be one operator; empty if they will.
+
+    ``in_fp8``: both weights are.
+    """
     assert site.relu2 is not None and site.down is not None
     up, relu2, down = site.up, site.relu2, site.down
     if up is None:
@@ -146,26 +150,32 @@ def why_apart(site: Site) -> str:
     if reason := _why_kept(up, relu2):
         return reason
     between = [node for node in nodes_between(up.node, down.node) if node not in relu2.inside]
-    return _why_apart(up, down.node, down.weight, down.bias, between)
+    return _why_apart(up, down.node, down.weight, down.bias, between, in_fp8)
 
 
 def runs_active(site: Site) -> bool:
     """Whether a site's few tokens can run exactly by the neurons that fire, of each of which ``down`` has a row."""
     up, down = site.up, site.down
-    if up is None or down is None or down.weight is None or why_apart(site):
+    if up is None or down is None or down.weight is None:
         return False
-    operands = [value(operand) for operand in (up.input, up.node, up.weight, up.bias, down.weight, down.bias)]
-    h, (weight, transposed) = value(up.node), known_weight(down)
-    by_neurons = weight if transposed else weight.t()
-    by_outputs = value(up.weight).t() if up.transposed else value(up.weight)
+    first, (second, transposed) = value(up.weight), known_weight(down)
+    in_fp8 = is_fp8(first) and is_fp8(second)
+    if in_fp8 and (up.transposed or transposed or why_not_by_rows(first) or why_not_by_rows(second)):
+        return False
+    if why_apart(site, in_fp8):
+        return False
+    if in_fp8:
+        first, second = first.qdata, second.qdata
+    by_neurons, by_outputs = second if transposed else second.t(), first.t() if up.transposed else first
     if not by_neurons.is_contiguous() or not by_outputs.is_contiguous():  # it would be copied at each call
         return False
+    h, weights = value(up.node), () if in_fp8 else (up.weight, down.weight)
+    operands = [value(operand) for operand in (up.input, up.bias, down.bias, *weights)]
     if any(operand is not None and operand.dtype != h.dtype for operand in operands):
         return False
-    hidden_dim, out_dim = by_neurons.shape
+    tokens, (hidden_dim, out_dim) = math.prod(h.shape[:-1]), by_neurons.shape
     size = value(up.input).shape[-1], hidden_dim, out_dim
-    tokens = math.prod(h.shape[:-1])
-    return not depends_on_data(tokens) and few_tokens_pay(h.device, h.dtype, tokens, *size)
+    return not depends_on_data(tokens) and few_tokens_pay(h.device, h.dtype, tokens, *size, in_fp8)
 
 
 def _why_kept(up: Linear, relu2: Relu2) -> str:
@@ -183,10 +193,11 @@ def _why_kept(up: Linear, relu2: Relu2) -> str:
     return ""
 
 
-def _why_apart(up: Linear, down: Node, weight: Any, bias: Any, between: Iterable[Node]) -> str:
+def _why_apart(up: Linear, down: Node, weight: Any, bias: Any, between: Iterable[Node], in_fp8: bool = False) -> str:
     if not _plain(up):
         return "the up projection's operands are not known from the graph"
-    if not _alike(down, weight, bias) or not _alike(up.node, up.input, up.weight, up.bias):
+    weights = () if in_fp8 else (up.weight, weight)
+    if not _alike(down, bias) or not _alike(up.node, up.input, up.bias, *weights):
         return "an operand of the two projections is on another device, or no plain tensor"
     if value(up.node).dtype != value(down).dtype:
         return f"the two projections run in {value(up.node).dtype} and {value(down).dtype}"

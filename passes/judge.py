@@ -60,7 +60,7 @@ def judge(site: Site, config: Act24Config) -> str:
     in_fp8 = config.dtype == "fp8" or is_fp8(weight)
     if in_fp8 and (reason := _why_not_fp8(site, config, grad, dtypes)):
         return reason
-    if not grad and not in_fp8 and not config.emulate and runs_active(site):
+    if not grad and not config.emulate and runs_active(site):
         site.few = True
         return ""
     stored = weight.qdata if is_fp8(weight) else weight

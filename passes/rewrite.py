@@ -17,6 +17,8 @@ Few tokens of a weight that has a row for each neuron run exactly instead::
 
     out              = ao_act24.active_ffn(x, W1, b1, W2, b2)
 
+or, of weights in fp8, ``active_ffn_fp8`` of their data and scales and of ``rows_to_fp8(x)``.
+
 In-between nodes keep their effect: ReLU² is pointwise and the groups lie along the last dimension, so a view or a
 cast in front of the square is done to ``h`` instead, and a cast behind it to ``packed``. Casts that only widen the
 square's arithmetic and come back to the dtype of ``h`` fall away, since ``relu2_sparsify`` squares in fp32 and rounds
@@ -36,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 from ao_act24 import ops, ops_fp8
 from ao_act24.config import Act24Config
 from ao_act24.fingerprint import source_digest
-from ao_act24.fp8 import is_fp8, to_fp8
+from ao_act24.fp8 import is_fp8, rows_to_fp8, to_fp8
 
 from .find import Site
 from .relu2 import Relu2, strip
@@ -60,8 +62,14 @@ def rewrite(site: Site, config: Act24Config) -> None:
             first = parameters(Emitter(site.up.node), site.up)[0]
             site.up.node.replace_input_with(first, Emitter(site.up.node).call(to_fp8, first))
     if site.few:
-        operands = site.up.input, *parameters(emit, site.up), weight, bias
-        out = emit.instead(ops.active_ffn.default, *operands, name=f"active_ffn_{source_digest()[:8]}")
+        up, up_bias = parameters(emit, site.up)
+        if in_fp8:
+            x, dtype = emit.inlined(rows_to_fp8, site.up.input), value(down).dtype
+            operands = *x, *emit.fp8(up), up_bias, *emit.fp8(weight), bias, dtype
+            out = emit.instead(ops_fp8.active_ffn_fp8.default, *operands, name=f"active_ffn_fp8_{source_digest()[:8]}")
+        else:
+            operands = site.up.input, up, up_bias, weight, bias
+            out = emit.instead(ops.active_ffn.default, *operands, name=f"active_ffn_{source_digest()[:8]}")
     else:
         h, casts = _hoist(emit, site.relu2)
         out = _in_fp8(emit, h, weight, bias, known.dtype) if in_fp8 else _in_24(emit, h, casts, weight, bias)
@@ -96,10 +104,8 @@ def _in_fp8(emit: "Emitter", h: Node, weight: Node, bias: Any, dtype: torch.dtyp
     """``weight``: torchao's tensor, whose data and scales are read at each call."""
     three = emit.call(ops_fp8.relu2_sparsify_fp8.default, h, name="relu2_sparsify_fp8")
     packed, metadata, row_scale = (emit.call(operator.getitem, three, i, name=name) for i, name in enumerate(PACKED))
-    qdata = emit.call(getattr, weight, "qdata", name="qdata")
-    scale = emit.method("flatten", emit.call(getattr, weight, "scale", name="scale"))
     out = value(emit.anchor)
-    operands = packed, metadata, row_scale, qdata, scale, bias, dtype if out is None else out.dtype
+    operands = packed, metadata, row_scale, *emit.fp8(weight), bias, dtype if out is None else out.dtype
     return emit.instead(ops_fp8.sparse_mm_fp8.default, *operands, name=f"sparse_mm_fp8_{source_digest()[:8]}")
 
 
@@ -124,6 +130,11 @@ class Emitter:
     def method(self, target: str, *args: Any) -> Node:
         with self.graph.inserting_before(self.anchor):
             return self._annotate(self.graph.create_node("call_method", target, args))
+
+    def fp8(self, weight: Node) -> tuple[Node, Node]:
+        """The data and the scales of torchao's tensor."""
+        qdata = self.call(getattr, weight, "qdata", name="qdata")
+        return qdata, self.method("flatten", self.call(getattr, weight, "scale", name="scale"))
 
     def inlined(self, function: Callable[..., Any], *args: Node) -> Any:
         """What a function that ``torch.fx`` can trace would return, its operations as nodes."""

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from hopper_kernels import DTYPES, needs_hopper, poison, random, untouched
 from mlp import MLP
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import ao_act24
+from ao_act24.fp8 import rows_to_fp8
 from ao_act24.kernels import cuda, reference
 
 pytestmark = needs_hopper
@@ -112,7 +114,7 @@ def test_every_output_is_written_and_nothing_else(tokens, monkeypatch):
     want = reference.active_ffn(*arguments)
     guards = poison(monkeypatch)
     assert torch.equal(cuda.active_ffn(*arguments), want)
-    assert len(guards) == 3 and untouched(guards)
+    assert len(guards) == 4 and untouched(guards)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16])
@@ -132,6 +134,78 @@ def test_the_same_bits_every_time_and_in_a_graph(tokens):
 @pytest.fixture
 def any_size(monkeypatch):
     monkeypatch.setattr("ao_act24.when.FEW_TOKENS", ((0, 8),))
+
+
+def whole_fp8(tokens, sizes, dtype=torch.bfloat16):
+    """As ``whole``, with powers of two as scales: what e4m3 rounds, it rounds alike, and sums fit in fp32."""
+    x, up, _, down, down_bias = whole(tokens, sizes, dtype)
+    x[: tokens // 2, 1:] = 0  # small beside the others, some of them zeros
+    x_scale, down_scale = (2.0 ** torch.randint(-3, 4, (n,), device="cuda") for n in (tokens, sizes[2]))
+    up_scale = 2.0 ** torch.randint(0, 2, sizes[1:2], device="cuda")
+    x, up, by_neurons = (tensor.to(torch.float8_e4m3fn) for tensor in (x, up, down.t()))
+    up_bias = torch.zeros(sizes[1], device="cuda", dtype=dtype)
+    return x, x_scale, up, up_scale, up_bias, by_neurons.t(), down_scale, down_bias, dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(128, 64, 128), (384, 320, 256), (1024, 8256, 1152), (256, 65536, 4224)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16])
+def test_fp8_bit_by_bit(tokens, sizes, dtype):
+    arguments = whole_fp8(tokens, sizes, dtype)
+    want = reference.active_ffn_fp8(*arguments)
+    assert torch.equal(cuda.active_ffn_fp8(*arguments), want) and want.any()
+    without = (*arguments[:4], None, *arguments[5:7], None, dtype)
+    assert torch.equal(cuda.active_ffn_fp8(*without), reference.active_ffn_fp8(*without))
+
+
+def random_fp8(tokens, sizes=(1024, 4096, 1152), shift=-1.6, dtype=torch.bfloat16):
+    x, up, up_bias, down, down_bias = operands(tokens, sizes, dtype, shift)
+    (x, x_scale), (up, up_scale), (down, down_scale) = (rows_to_fp8(t) for t in (x, up, down))
+    return x, x_scale, up, up_scale, up_bias, down.t().contiguous().t(), down_scale, down_bias, dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [9.0, 0.0, -1.6, -9.0])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
+def test_fp8_as_the_reference(tokens, shift, dtype):
+    """But for sums that are rounded in another order, which may decide between neighbours of e4m3."""
+    arguments = random_fp8(tokens, shift=shift, dtype=dtype)
+    got, want = cuda.active_ffn_fp8(*arguments).double(), reference.active_ffn_fp8(*arguments).double()
+    assert (got - want).norm() < 0.004 * want.norm()
+    fired = reference.active_ffn_fp8(*arguments[:7], None, dtype).any()
+    assert bool(fired) == (shift > -9)
+
+
+def test_fp8_not_a_number_stays_in_its_token_and_fits_in_16_bits():
+    arguments = list(random_fp8(9))
+    arguments[1] = arguments[1].clone()
+    arguments[1][3], arguments[1][6] = float("nan"), 1e38
+    out = cuda.active_ffn_fp8(*arguments)
+    rest = [0, 1, 2, 4, 5, 7, 8]
+    assert out[3].isnan().all() and not out[6].isfinite().any() and out[rest].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_fp8_writes_every_output_and_nothing_else(tokens, monkeypatch):
+    arguments = whole_fp8(tokens, (384, 8256, 1152))
+    want = reference.active_ffn_fp8(*arguments)
+    guards = poison(monkeypatch)
+    assert torch.equal(cuda.active_ffn_fp8(*arguments), want)
+    assert len(guards) == 4 and untouched(guards)
+
+
+def test_a_compiled_model_in_fp8(any_size):
+    mlp = MLP(lambda h: F.relu(h).square(), dim=1024, hidden=4096).cuda().bfloat16().eval()
+    torch.nn.init.constant_(mlp.up.bias, -0.7)
+    quantize_(mlp, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    x = random(4, 1024)
+    with torch.no_grad():
+        want = mlp(x)
+        assert ao_act24.neuron_major_(mlp) == 1
+        run = torch.compile(mlp, backend="ao_act24", fullgraph=True)
+        got, (code,) = torch._inductor.utils.run_and_get_code(run, x)
+    assert "ao_act24_cuda.active_ffn_fp8(" in code
+    assert (got.double() - want.double()).norm() < 0.03 * want.double().norm()
 
 
 def test_one_call_after_another_in_a_stream():

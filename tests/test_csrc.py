@@ -85,17 +85,20 @@ def test_squaring_to_fp8(dtype, tmp_path):
     assert any("F2FP.SATFINITE.E4M3" in line for line in sass)
 
 
+@pytest.mark.parametrize("fp8", [0, 1])
 @pytest.mark.parametrize("column_warps", [1, 8])
 @pytest.mark.parametrize("eights", [1, 2])
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)
-def test_few_tokens(dtype, eights, column_warps, tmp_path):
-    defines = {"ELEMENT": plans.ELEMENTS[dtype], "EIGHTS": eights, "COLUMN_WARPS": column_warps, **plans.ACTIVE}
-    sass = instructions(compile.cubin("active", defines), tmp_path)
+def test_few_tokens(dtype, eights, column_warps, fp8, tmp_path):
+    defines = {"FP8": fp8, "EIGHTS": eights, "COLUMN_WARPS": column_warps, **plans.ACTIVE}
+    sass = instructions(compile.cubin("active", {"ELEMENT": plans.ELEMENTS[dtype], **defines}), tmp_path)
     check_local_memory(sass)
-    product = "HMMA.16816.F32" + {torch.bfloat16: ".BF16", torch.float16: ""}[dtype]
-    assert sum(f"{product} " in line for line in sass) == 4 * eights + 4 * eights
+    # Hopper has no such product of e4m3: it is made of two in f16
+    product = "HMMA.16816.F32" + (".BF16" if dtype == torch.bfloat16 and not fp8 else "")
+    assert sum(f"{product} " in line for line in sass) == (4 + 4) * eights * (1 + fp8)
     assert sum("LDSM.16.MT88.4" in line for line in sass) == 4 + 1 and sum("ACQBULK" in line for line in sass) == 2
     assert sum("LDGSTS.E.BYPASS.128" in line for line in sass) >= 16, "past the registers, and past L1"
+    assert any("F2FP.F16.E4M3.UNPACK_B" in line for line in sass) == bool(fp8)
 
 
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from mlp import MLP, Residual
 from oracle import relative_error, relu2_24
 from torch import nn
+from torchao_fp8 import needs_scaled_mm
 
 import ao_act24
-from ao_act24 import Act24Config, neuron_major_, ops, when
+from ao_act24 import Act24Config, neuron_major_, ops, ops_fp8, when
+from ao_act24.fp8 import rows_to_fp8, to_fp8
 from ao_act24.passes import graph_modules, rewrite_graph
 from ao_act24.when import FEW_TOKENS
 
@@ -256,11 +258,137 @@ def test_parameters_of_inference_mode():
     trained(torch.randn(3, 64)).sum().backward()
 
 
+def in_fp8(dim=128, hidden=256):
+    mlp = MLP(dim=dim, hidden=hidden).bfloat16()
+    with torch.no_grad():
+        for linear in (mlp.up, mlp.down):
+            linear.weight = nn.Parameter(to_fp8(linear.weight), requires_grad=False)
+    return mlp
+
+
+@pytest.mark.parametrize("tokens", [(1,), (8,), (2, 3)], ids=str)
+def test_fp8_by_the_reference(tokens):
+    mlp, x = in_fp8(), torch.randn(*tokens, 128).bfloat16()
+    assert neuron_major_(mlp) == 1 == neuron_major_(mlp)
+    assert mlp.down.weight.qdata.stride() == (1, 128) and mlp.up.weight.qdata.is_contiguous()
+    up, down = ((linear.weight.qdata, linear.weight.scale.flatten(), linear.bias) for linear in (mlp.up, mlp.down))
+    with torch.no_grad():
+        run, seen = few_tokens(mlp)
+        assert torch.equal(run(x), ops_fp8.active_ffn_fp8(*rows_to_fp8(x), *up, *down, torch.bfloat16))
+    assert seen == [["active_ffn_fp8"]]
+
+
+@needs_scaled_mm
+def test_fp8_as_dense():
+    """torchao's own, which takes weights stored either way."""
+    mlp, x = in_fp8(), torch.randn(8, 128).bfloat16()
+    with torch.no_grad():
+        want = mlp(x)
+        neuron_major_(mlp)
+        assert relative_error(mlp(x), want) < 0.01
+        run, seen = few_tokens(mlp)
+        assert relative_error(run(x), want) < 0.03  # y is not rounded to 16 bits before
+    assert seen == [["active_ffn_fp8"]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp: setattr(mlp.up, "weight", nn.Parameter(mlp.up.weight.dequantize())),
+        lambda mlp: setattr(mlp.up.weight, "act_quant_kwargs", None),
+        lambda mlp: setattr(mlp.down.weight, "qdata", mlp.down.weight.qdata.contiguous()),
+    ],
+    ids=["an up projection in 16 bits", "of a 16-bit activation", "rows of outputs"],
+)
+def test_fp8_of_other_weights(change):
+    mlp = in_fp8()
+    neuron_major_(mlp)
+    change(mlp)
+    with torch.no_grad():
+        (verdict,) = ao_act24.explain(mlp, torch.randn(3, 128).bfloat16())
+    assert not verdict.few
+
+
+@pytest.mark.parametrize("sizes", [{"dim": 64}, {"hidden": 96}], ids=str)
+def test_fp8_of_other_sizes(sizes):
+    mlp = in_fp8(**sizes)
+    neuron_major_(mlp)
+    with torch.no_grad():
+        (verdict,) = ao_act24.explain(mlp, torch.randn(3, mlp.up.in_features).bfloat16())
+    assert not verdict.few
+
+
+def test_fp8_keeps_strides_through_a_state_dict():
+    mlp, other = in_fp8(), in_fp8()
+    neuron_major_(mlp)
+    mlp.load_state_dict(other.state_dict())
+    assert mlp.down.weight.qdata.stride() == (1, 128)
+    assert torch.equal(mlp.down.weight.qdata.view(torch.uint8), other.down.weight.qdata.view(torch.uint8))
+    assert copy.deepcopy(mlp).down.weight.qdata.stride() == (1, 128)
+
+
+def test_what_does_not_fire_in_fp8_is_not_read():
+    """But a neuron that fires by less than e4m3 holds is."""
+    x, up = torch.eye(2, 4), torch.tensor([[1.0, 0], [-1, 0], [1 / 16, 0], [0, 0]]).repeat(1, 2)
+    x, up = (t.to(torch.float8_e4m3fn) for t in (x, up))
+    down = torch.randn(8, 4).to(torch.float8_e4m3fn)
+    ones = [torch.ones(n) for n in (2, 4, 8)]
+    out = ops_fp8.active_ffn_fp8(x, ones[0], up, ones[1], None, down, ones[2], None, torch.float16)
+    y = torch.tensor([[1, 0, 1 / 256, 0], [0, 0, 0, 0]])
+    y[0, 2] = (y[0, 2] * 448).to(torch.float8_e4m3fn).float() / 448
+    assert relative_error(out, F.linear(y, down.float())) < 1e-3
+
+
 def test_before_a_conversion_to_fp8():
     """Rows of outputs again, which fp8 takes."""
     mlp = by_neurons().to(torch.bfloat16)
     ao_act24.sparsify_(mlp, Act24Config(dtype="fp8"))
     assert mlp.down.weight.qdata.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens", [(3, 5), (4,), (), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_in_fp8(tokens, bias):
+    x, up, down = (torch.randn(*size).to(torch.float8_e4m3fn) for size in ((*tokens, 16), (8, 16), (12, 8)))
+    scales = [torch.rand(tensor.shape[:-1]) for tensor in (x, up, down)]
+    biases = [torch.randn(n).bfloat16() if bias else None for n in (8, 12)]
+    arguments = x, scales[0], up, scales[1], biases[0], down, scales[2], biases[1], torch.bfloat16
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.ao_act24.active_ffn_fp8.default, arguments, test_utils=tests)
+
+
+def e4m3(*shape):
+    return torch.zeros(shape).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("at", "wrong", "message"),
+    [
+        (0, torch.zeros(3, 16), "x must have dtype float8_e4m3fn, got torch.float32"),
+        (1, torch.zeros(4), r"x_scale must have shape \(3,\), got \(4,\)"),
+        (
+            2,
+            torch.zeros(8, 12).to(torch.float8_e4m3fn),
+            r"up must be \[H, D\] .* as in x, of shape \(3, 16\), got shape",
+        ),
+        (3, torch.zeros(8).double(), "up_scale must have dtype float32, got torch.float64"),
+        (4, torch.zeros(7), r"up_bias must have shape \(8,\) as up has rows, got \(7,\)"),
+        (
+            5,
+            torch.zeros(12, 4).to(torch.float8_e4m3fn),
+            r"down must be \[D, H\] with H = 8 as in up, got shape \(12, 4\)",
+        ),
+        (6, torch.zeros(11), r"down_scale must have shape \(12,\), got \(11,\)"),
+        (7, torch.zeros(12).half(), r"down_bias must have the dtype of out, torch\.bfloat16, got torch\.float16"),
+        (8, torch.float32, "dtype must be bfloat16 or float16, got torch.float32"),
+    ],
+)
+def test_errors_in_fp8(at, wrong, message):
+    x, up, down = e4m3(3, 16), e4m3(8, 16), e4m3(12, 8)
+    arguments = [x, torch.ones(3), up, torch.ones(8), None, down, torch.ones(12), None, torch.bfloat16]
+    arguments[at] = wrong
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops_fp8.active_ffn_fp8(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -281,7 +409,7 @@ def test_opcheck(tokens, dtype):
 
 def test_errors():
     x, up, down = torch.randn(3, 16), torch.randn(8, 16), torch.randn(12, 8)
-    with pytest.raises(ValueError, match=r"weight must be \[H, D\] with H divisible by 4 and D = 16 as in x"):
+    with pytest.raises(ValueError, match=r"up must be \[H, D\] with H divisible by 4 and D = 16 as in x"):
         ops.active_ffn(x, up[:, :8], None, down, None)
     with pytest.raises(ValueError, match="with H = 8 as in up"):
         ops.active_ffn(x, up, None, down[:, :4], None)

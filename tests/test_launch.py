@@ -37,8 +37,8 @@ ARGUMENTS = {
     10: 7,
     11: 10,
     12: 6,
-    13: 10,
-    14: 8,
+    13: 13,
+    14: 11,
 }  # how many each has
 STREAM = 0x7FFF00000040
 SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
@@ -192,20 +192,46 @@ def test_active_ffn(tokens, hidden_dim, out_dim, padded, cluster, blocks, shared
     out = cuda.active_ffn(x, up, biases[0], by_neurons.t(), biases[1])
     assert out.shape == (1, tokens, out_dim) and launched.launches == 2
     first, second = launched.before, launched.last
-    assert first[:4] == [x.data_ptr(), up.data_ptr(), biases[0].data_ptr(), by_neurons.data_ptr()]
-    assert second[:5] == [*first[4:6], by_neurons.data_ptr(), 0, out.data_ptr()]
-    sizes = [ctypes.c_int.from_address(address).value for address in launched.arguments[5:]]
-    assert sizes == [tokens, hidden_dim, out_dim]
+    assert first[:6] == [x.data_ptr(), up.data_ptr(), biases[0].data_ptr(), by_neurons.data_ptr(), 0, 0]
+    assert second[:7] == [*first[6:9], by_neurons.data_ptr(), 0, 0, out.data_ptr()]
+    sizes = [ctypes.c_int.from_address(address).value for address in launched.arguments[7:]]
+    assert sizes == [tokens, hidden_dim, out_dim, min(132, hidden_dim // 16)]
     assert (launched.blocks, launched.threads, launched.shared) == (blocks, 256, shared)
     kinds = driver.CUlaunchAttributeID
     assert launched.attributes[kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION]
     of_cluster = launched.attributes.get(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
     assert cluster == (of_cluster.clusterDim.x if of_cluster else 1)
-    y, active = cuda.PLANS.active_ffn(x.shape, by_neurons.t().shape, BF16, -1).between
-    assert y[0] == (hidden_dim, padded) and active[0] == (hidden_dim // 8,)
+    y, active, largest = cuda.PLANS.active_ffn(x.shape, by_neurons.t().shape, False, BF16, -1).between
+    assert y[0] == (hidden_dim, padded) and active[0] == (hidden_dim // 8,) and largest[0] == (0, padded)
     dense = cuda.active_ffn(x, up, biases[0], by_neurons.t().contiguous(), biases[1])
     assert launched.launches == 2
     torch.testing.assert_close(dense, reference.active_ffn(x, up, biases[0], by_neurons.t(), None), rtol=0.02, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden_dim", "out_dim", "blocks"), [(1, 1024, 128, 8), (9, 16384, 8192, 128), (3, 4096, 32768, 128)]
+)
+def test_active_ffn_fp8(tokens, hidden_dim, out_dim, blocks, launched):
+    """Two e4m3 count as one of 16 bits. The largest of each of the first kernel's blocks, by token, is kept."""
+    x, up, by_neurons = (
+        torch.zeros(size).to(torch.float8_e4m3fn) for size in ((tokens, 384), (hidden_dim, 384), (hidden_dim, out_dim))
+    )
+    scales, bias = [torch.ones(n) for n in (tokens, hidden_dim, out_dim)], torch.zeros(out_dim).to(BF16)
+    out = cuda.active_ffn_fp8(x, scales[0], up, scales[1], None, by_neurons.t(), scales[2], bias, BF16)
+    assert out.shape == (tokens, out_dim) and out.dtype == BF16 and launched.launches == 2
+    first, second = launched.before, launched.last
+    pointers = [x, up, None, by_neurons, *scales[:2]]
+    assert first[:6] == [0 if t is None else t.data_ptr() for t in pointers]
+    assert second[:7] == [*first[6:9], *(t.data_ptr() for t in (by_neurons, scales[2], bias, out))]
+    sizes = [ctypes.c_int.from_address(address).value for address in launched.arguments[7:]]
+    assert sizes == [tokens, hidden_dim, out_dim // 2, min(132, hidden_dim // 16)] and launched.blocks == blocks
+    largest = cuda.PLANS.active_ffn(x.shape, by_neurons.t().shape, True, BF16, -1).between[2]
+    assert largest[0] == (min(132, hidden_dim // 16), -(-tokens // 8) * 8)
+    arguments = [tensor[:, :320] for tensor in (x, up)]  # 320 is no multiple of 128
+    out = cuda.active_ffn_fp8(
+        arguments[0], scales[0], arguments[1], scales[1], None, by_neurons.t(), scales[2], bias, BF16
+    )
+    assert launched.launches == 2 and not out.any()
 
 
 @pytest.mark.parametrize(

@@ -9,28 +9,49 @@
 // no other warp, and enough is under way for the memory's latency. Of row r eight columns c lie where c ^ r % 8 would, so that eight
 // rows meet no bank twice. (Rows 16 bytes longer meet none either, but copies into them take longer: 4.0 TB/s, not 4.27.)
 //
-// Compile-time: ELEMENT ("bf16" or "f16"); EIGHTS of tokens; UP_STAGES, DOWN_STAGES: of a ring; COLUMN_WARPS: of a block of the second
-// kernel, side by side; PREFETCHED: columns times 8 neurons that the first kernel brings into L2 for the second.
+// FP8: x, up and down are e4m3 with scales, two of them in the place of an element, D and D' half as many. Of `up` products are of
+// e4m3. Between the kernels relu(h) is kept in 16 bits; its square becomes e4m3 in the second, which then knows the largest of a
+// token; `down` is widened to f16, which holds both exactly, so that neurons, which lie in rows, can be multiplied in pairs.
+//
+// Compile-time: ELEMENT ("bf16" or "f16"); FP8 (0 or 1); EIGHTS of tokens; UP_STAGES, DOWN_STAGES: of a ring; COLUMN_WARPS: of a block
+// of the second kernel, side by side; PREFETCHED: elements times 8 neurons that the first kernel brings into L2 for the second.
 
-#include "ptx.cuh"
+#include "fp8.cuh"
 
 constexpr int WARPS = 8, PADDED = 8 * EIGHTS, ROWS = 16, RUN = 64, WEIGHTS = ROWS * RUN * 2;  // tokens; of a stage, in bytes too
 
-// d (16 x 8) += a (16 x 16) * b (16 x 8).
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// d (16 x 8) += a (16 x K) * b (K x 8).
+#define MMA(NAME, HOW)                                                                                                        \
+  __device__ __forceinline__ void NAME(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {                                    \
+    asm("mma.sync.aligned." HOW ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                      \
+  }
+#if FP8
+MMA(mma_up, "m16n8k32.row.col.f32.e4m3.e4m3")
+MMA(mma_down, "m16n8k16.row.col.f32.f16.f16")
+#else
+MMA(mma_up, "m16n8k16.row.col.f32." ELEMENT "." ELEMENT)
+MMA(mma_down, "m16n8k16.row.col.f32." ELEMENT "." ELEMENT)
+#endif
+
+// The two e4m3 in the low half of a word, as f16.
+__device__ __forceinline__ u32 widen(u32 word) {
+  u32 two;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(two) : "h"((u16)word));
+  return two;
 }
 
 __device__ __forceinline__ u32 lies_at(int row, int eight) { return row * RUN * 2 + (eight ^ row % 8) * 16; }
 
-// y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 8 i + n fire? A block has neighbouring sixteens of neurons,
+// y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 8 i + n fire? FP8: relu(h) instead of y, and of each block
+// the largest by token. A block has neighbouring sixteens of neurons,
 // one after the other, of which a warp has every eighth 64 columns. With the first one it brings in what it needs of x, which stays.
 // What fires among the last, and the fewer fire the earlier, is brought into L2: between two kernels the memory would rest.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     active_relu2(const u16* __restrict__ x, const u16* __restrict__ up, const u16* __restrict__ bias, const u16* down,
-                 u16* __restrict__ y, u8* __restrict__ active, int tokens, int model_dim, int sixteens, int out_dim) {
+                 const float* __restrict__ x_scale, const float* __restrict__ up_scale, u16* __restrict__ y, u8* __restrict__ active,
+                 u32* __restrict__ largest, int tokens, int model_dim, int sixteens, int out_dim) {
   constexpr int STEP = RUN * WARPS;
   extern __shared__ __align__(128) u8 shared[];  // rings, and x [T, D], its rows 16 bytes longer
   __shared__ float parts[2][WARPS][ROWS][PADDED];
@@ -65,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll 1
   for (int i = 0; i < UP_STAGES - 1; ++i) copy();
 
+  u32 most[EIGHTS] = {};
   for (int sixteen = begin, stage = 0; sixteen < end; ++sixteen) {
     float d[EIGHTS][4] = {};
     for (int start = 0; start < model_dim; start += STEP) {
@@ -82,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
           for (int eight = 0; eight < EIGHTS; ++eight) {
             u32 b[4];
             load_matrices(b, of_token[eight] + 2 * (start + first_column) + 32 * step);
-            mma(d[eight], a[0], b[0], b[1]);
-            mma(d[eight], a[1], b[2], b[3]);
+            mma_up(d[eight], a[0], b[0], b[1]);
+            mma_up(d[eight], a[1], b[2], b[3]);
           }
         }
       }
@@ -105,14 +127,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int eight = 0; eight < EIGHTS; ++eight) {
       const int token = 8 * eight + 2 * q;
-      float2 sum = make_float2(more, more);
+      float2 sum = make_float2(FP8 ? 0 : more, FP8 ? 0 : more);
 #pragma unroll
       for (int from = 0; from < WARPS; ++from) {
         const float2 part = *(const float2*)&here[from][row][token];
         sum.x += part.x, sum.y += part.y;
       }
-      u32 value = square(relu(pack_floats(sum.x, sum.y)));
+      if (FP8) {
+        const float scale = up_scale[neuron];
+        sum.x = sum.x * x_scale[min(token, tokens - 1)] * scale + more;
+        sum.y = sum.y * x_scale[min(token + 1, tokens - 1)] * scale + more;
+      }
+      u32 value = relu(pack_floats(sum.x, sum.y));
+      if (!FP8) value = square(value);
       if (token + 1 >= tokens) value = token < tokens ? value & 0xFFFF : 0;
+      most[eight] = __vmaxu2(most[eight], value);
       *(u32*)(y + (i64)neuron * PADDED + token) = value;
       fires |= value;
     }
@@ -124,13 +153,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       for (int at = 64 * lane; at < out_dim; at += 64 * 32) prefetch(neuron_row + at);
     }
   }
+  if (!FP8) return;
+  __shared__ u32 of_warps[WARPS][PADDED / 2];
+#pragma unroll
+  for (int eight = 0; eight < EIGHTS; ++eight) {
+    for (int step = 4; step < 32; step *= 2) most[eight] = __vmaxu2(most[eight], __shfl_xor_sync(~0u, most[eight], step));
+    if (g == 0) of_warps[warp][4 * eight + q] = most[eight];
+  }
+  __syncthreads();
+  if (threadIdx.x < PADDED / 2) {
+    u32 of_block = 0;
+    for (int from = 0; from < WARPS; ++from) of_block = __vmaxu2(of_block, of_warps[from][threadIdx.x]);
+    largest[blockIdx.x * (PADDED / 2) + threadIdx.x] = of_block;
+  }
 }
 
-// A cluster has 64 COLUMN_WARPS columns, a warp 64 of them and every TURNS-th sixteen of its block's neurons.
+// A cluster has 64 COLUMN_WARPS elements of a row, a warp 64 of them and every TURNS-th sixteen of its block's neurons.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    active_mm(const u16* __restrict__ y, const u32* __restrict__ active, const u16* __restrict__ down,
-              const u16* __restrict__ bias, u16* __restrict__ out, int tokens, int hidden_dim, int out_dim) {
-  constexpr int COLUMNS = RUN * COLUMN_WARPS, TURNS = WARPS / COLUMN_WARPS, SUMS = COLUMNS + 4;
+    active_mm(const u16* __restrict__ y, const u32* __restrict__ active, const u16* __restrict__ largest,
+              const u16* __restrict__ down, const float* __restrict__ down_scale, const u16* __restrict__ bias, u16* __restrict__ out,
+              int tokens, int hidden_dim, int out_dim, int first_blocks) {
+  constexpr int EACH = FP8 ? 2 : 1, COLUMNS = RUN * COLUMN_WARPS * EACH, TILES = RUN / 16 * EACH;
+  constexpr int TURNS = WARPS / COLUMN_WARPS, SUMS = COLUMNS + 4;
   constexpr int STAGE = WEIGHTS + ROWS * 2 * PADDED, RINGS = WARPS * DOWN_STAGES * STAGE;
   static_assert(TURNS * PADDED * SUMS * 4 <= RINGS);
   extern __shared__ __align__(128) u8 shared[];
@@ -152,12 +196,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       if (number >= low && number < low + count) list[number - low] = (u16)(32 * i + __ffs(bits) - 1);
     }
   }
+  __shared__ float scales[PADDED];
+  if (FP8) {
+    for (int token = warp; token < PADDED; token += WARPS) {
+      u32 most = 0;
+      for (int i = lane; i < first_blocks; i += 32) most = max(most, (u32)largest[i * PADDED + token]);
+      most = __reduce_max_sync(~0u, most);
+      if (lane == 0) scales[token] = scale_of(most);
+    }
+  }
   __syncthreads();
+  float inverse[EIGHTS];  // of the tokens whose products a thread makes
+#pragma unroll
+  for (int eight = 0; eight < EIGHTS; ++eight) inverse[eight] = FP8 ? 1 / scales[8 * eight + lane / 4] : 0;
 
-  const int first_column = blockIdx.x / blocks * COLUMNS, turn = warp / COLUMN_WARPS, column = warp % COLUMN_WARPS * RUN;
+  const int first = blockIdx.x / blocks * RUN * COLUMN_WARPS, turn = warp / COLUMN_WARPS, mine = warp % COLUMN_WARPS * RUN;
   const u32 ring = shared_address(shared) + warp * DOWN_STAGES * STAGE;
-  const bool columns_there = first_column + column < out_dim;
-  const u16* from = down + (columns_there ? first_column + column + lane % 8 * 8 : 0);
+  const bool elements_there = first + mine < out_dim;
+  const u16* from = down + (elements_there ? first + mine + lane % 8 * 8 : 0);
   int copied = ROWS * turn, to = 0;
   const auto copy = [&] {
     if (copied < count) {
@@ -167,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const int row = 4 * i + lane / 8;
         const bool there = copied + row < count;
         const i64 neuron = there ? list[copied + row] : 0;
-        copy_16(here + lies_at(row, lane % 8), from + neuron * out_dim, there && columns_there);
+        copy_16(here + lies_at(row, lane % 8), from + neuron * out_dim, there && elements_there);
       }
 #pragma unroll
       for (int at = lane; at < ROWS * EIGHTS; at += 32) {
@@ -183,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll 1
   for (int i = 0; i < DOWN_STAGES - 1; ++i) copy();
 
-  float d[4][EIGHTS][4] = {};
+  float d[TILES][EIGHTS][4] = {};
   int stage = 0;
   for (int start = ROWS * turn; start < count; start += ROWS * TURNS) {
     copies_wait<DOWN_STAGES - 2>();
@@ -193,33 +249,52 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     u32 b[(EIGHTS + 1) / 2][4];
 #pragma unroll
     for (int pair = 0; pair < (EIGHTS + 1) / 2; ++pair) load_transposed(b[pair], y_here + 32 * pair);
+    if (FP8) {
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-      u32 a[4];
-      load_transposed(a, here + lies_at(lane % 8 + lane / 16 * 8, 2 * tile + lane / 8 % 2));
+      for (int i = 0; i < 2 * EIGHTS; ++i) {
+        u32& two = b[i / 4][i % 4];
+        two = widen(scaled_squares(low_float(two), high_float(two), inverse[i / 2]));
+      }
+    }
 #pragma unroll
-      for (int eight = 0; eight < EIGHTS; ++eight) mma(d[tile][eight], a, b[eight / 2][eight % 2 * 2], b[eight / 2][eight % 2 * 2 + 1]);
+    for (int sixteen = 0; sixteen < 4; ++sixteen) {  // elements of neurons 0-7, the eight next to them, both of neurons 8-15
+      u32 loaded[4];
+      load_transposed(loaded, here + lies_at(lane % 8 + lane / 16 * 8, 2 * sixteen + lane / 8 % 2));
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        u32 a[4] = {loaded[0], loaded[1], loaded[2], loaded[3]};
+        if (FP8) {  // columns 2 g, and 2 g + 1 in the place of those of g + 8
+          const u32 low = loaded[i], high = loaded[i + 2];
+          a[0] = widen(permute_bytes<0x20>(low, 0)), a[1] = widen(permute_bytes<0x31>(low, 0));
+          a[2] = widen(permute_bytes<0x20>(high, 0)), a[3] = widen(permute_bytes<0x31>(high, 0));
+        }
+#pragma unroll
+        for (int eight = 0; eight < EIGHTS; ++eight) {
+          mma_down(d[EACH * sixteen + i][eight], a, b[eight / 2][eight % 2 * 2], b[eight / 2][eight % 2 * 2 + 1]);
+        }
+      }
     }
     if (++stage == DOWN_STAGES) stage = 0;
   }
   copies_wait<0>();
   __syncthreads();
 #pragma unroll
-  for (int tile = 0; tile < 4; ++tile) {
+  for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
     for (int eight = 0; eight < EIGHTS; ++eight) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 8 * eight + lane % 4 * 2 + i % 2;
-        sums[(turn * PADDED + token) * SUMS + column + 16 * tile + lane / 4 + i / 2 * 8] = d[tile][eight][i];
+        const int column = EACH * mine + 16 * tile + (FP8 ? lane / 4 * 2 + i / 2 : lane / 4 + i / 2 * 8);
+        sums[(turn * PADDED + token) * SUMS + column] = d[tile][eight][i];
       }
     }
   }
   cluster_sync();
   // Of the cluster's sums a block adds up every so-many-th 16 columns.
   for (int at = threadIdx.x; at < tokens * COLUMNS; at += 32 * WARPS) {
-    const int token = at / COLUMNS, of_cluster = at % COLUMNS, column = first_column + of_cluster;
-    if (of_cluster / 16 % blocks != rank || column >= out_dim) continue;
+    const int token = at / COLUMNS, of_cluster = at % COLUMNS, column = EACH * first + of_cluster;
+    if (of_cluster / 16 % blocks != rank || column >= EACH * out_dim) continue;
     float sum = 0;
     for (int block = 0; block < blocks; ++block) {
 #pragma unroll
@@ -227,8 +302,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         sum += load_remote(shared_address(sums + (from * PADDED + token) * SUMS + of_cluster), block);
       }
     }
+    if (FP8) sum *= scales[token], sum *= down_scale[column];
     if (bias != nullptr) sum += to_float(bias[column]);
-    out[(i64)token * out_dim + column] = (u16)pack_floats(sum, 0);
+    out[(i64)token * EACH * out_dim + column] = (u16)pack_floats(sum, 0);
   }
   cluster_sync();  // the other blocks may still read our sums
 }
