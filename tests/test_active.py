@@ -247,3 +247,33 @@ def test_in_cuda_graphs_of_torch(tokens, any_size):
             x = random(tokens, 1024)
             torch.compiler.cudagraph_mark_step_begin()
             torch.testing.assert_close(run(x), mlp(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_hugging_face_generates_the_same_tokens(batch, any_size):
+    """Greedily, with a static cache and CUDA graphs; in fp16, whose rounding decides between few logits."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.NemotronConfig(
+        vocab_size=128,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        mlp_bias=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = transformers.NemotronForCausalLM(config).cuda().half().eval()
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.mlp.up_proj.bias, -0.3)
+    assert ao_act24.neuron_major_(model) == 3
+    ids = torch.randint(1, 128, (batch, 16), device="cuda")
+    tokens = []
+    for backend in ("inductor", "ao_act24"):
+        torch._dynamo.reset()
+        how = transformers.CompileConfig(backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        more = {"do_sample": False, "cache_implementation": "static", "compile_config": how}
+        tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, **more))
+    assert torch.equal(*tokens) and len(set(tokens[0][0].tolist())) > 8
