@@ -53,9 +53,9 @@ class Size:
     heads: int = 16
     context: int = 1024
     batch: int = 16
-    steps: int = 5000
-    warmup: int = 1000
-    every: int = 250  # steps between two looks
+    steps: int = 2500
+    warmup: int = 500
+    every: int = 125  # steps between two looks
     megabytes: int = 200  # of text at most
     lr: float = 6e-4
 
