@@ -1,4 +1,4 @@
-// Stands in for ptx.cuh, so that kernels without tensor cores run on a CPU: a thread for each of a block's, bf16.
+// Stands in for ptx.cuh, so that kernels without wgmma run on a CPU: a thread for each of a block's, bf16; a cluster is one block.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -38,6 +39,10 @@ struct uint4 {
 struct uint2 {
   u32 x, y;
 };
+struct float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 
@@ -144,6 +149,141 @@ inline uint4 load_streaming(const void* pointer) {
 }
 inline void store_two(void* pointer, uint2 value) { memcpy(pointer, &value, sizeof(value)); }
 inline void store_four(void* pointer, uint4 value) { memcpy(pointer, &value, sizeof(value)); }
+
+// --- warps: what its threads show each other
+
+struct Warp {
+  std::barrier<> barrier{32};
+  const void* shown[32];
+};
+inline Warp warps[8];
+
+inline void __syncwarp() { warps[threadIdx.x / 32].barrier.arrive_and_wait(); }
+
+// What `make` makes of what all of them show.
+template <class T, class Make>
+auto of_warp(const T& mine, Make make) {
+  Warp& warp = warps[threadIdx.x / 32];
+  warp.shown[threadIdx.x % 32] = &mine;
+  __syncwarp();
+  const auto found = make([&](int lane) -> const T& { return *(const T*)warp.shown[lane]; });
+  __syncwarp();
+  return found;
+}
+template <class Join>
+u32 reduced(u32 value, Join join) {
+  return of_warp(value, [=](auto of) {
+    u32 all = 0;
+    for (int lane = 0; lane < 32; ++lane) all = join(all, of(lane));
+    return all;
+  });
+}
+inline u32 __reduce_or_sync(u32, u32 value) { return reduced(value, [](u32 a, u32 b) { return a | b; }); }
+inline u32 __reduce_max_sync(u32, u32 value) { return reduced(value, [](u32 a, u32 b) { return std::max(a, b); }); }
+inline u32 __shfl_xor_sync(u32, u32 value, int step) {
+  return of_warp(value, [=](auto of) { return of(threadIdx.x % 32 ^ step); });
+}
+inline int __popc(u32 word) { return __builtin_popcount(word); }
+inline int __ffs(u32 word) { return __builtin_ffs((int)word); }
+
+// --- shared memory that is addressed; copies that come when they are waited for
+
+alignas(128) inline u8 arena[228 << 10];
+inline u32 shared_address(const void* pointer) { return (u32)((const u8*)pointer - arena); }
+inline float load_remote(u32 shared, u32) {
+  float value;
+  memcpy(&value, arena + shared, 4);
+  return value;
+}
+inline u32 cluster_rank() { return 0; }
+inline u32 cluster_size() { return 1; }
+inline void cluster_sync() { __syncthreads(); }
+inline void launch_next() {}
+inline void wait_for_previous() {}
+inline void prefetch(const void* pointer) { (void)*(volatile const u8*)pointer; }
+
+struct Copy {
+  u32 shared;
+  const void* from;
+};
+inline thread_local std::deque<std::vector<Copy>> groups;
+inline thread_local std::vector<Copy> group;
+inline void copy_16(u32 shared, const void* from, bool there) { group.push_back({shared, there ? from : nullptr}); }
+inline void copies_commit() { groups.push_back(std::move(group)), group.clear(); }
+template <int GROUPS>
+void copies_wait() {
+  for (; groups.size() > GROUPS; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.from) memcpy(arena + copy.shared, copy.from, 16);
+      else memset(arena + copy.shared, 0, 16);
+    }
+  }
+}
+
+template <bool TRANSPOSED>
+void load_four(u32 (&words)[4], u32 shared) {
+  of_warp(shared, [&](auto of) {
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      u16 halves[2];
+      for (int i = 0; i < 2; ++i) {
+        const int row = TRANSPOSED ? 2 * q + i : g, column = TRANSPOSED ? g : 2 * q + i;
+        memcpy(halves + i, arena + of(8 * matrix + row) + 2 * column, 2);
+      }
+      words[matrix] = halves[0] | (u32)halves[1] << 16;
+    }
+    return 0;
+  });
+}
+inline void load_matrices(u32 (&words)[4], u32 shared) { load_four<false>(words, shared); }
+inline void load_transposed(u32 (&words)[4], u32 shared) { load_four<true>(words, shared); }
+
+// --- mma
+
+inline float from_e4m3(u32 bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+  return (bits & 0x7F) == 0x7F ? NAN : bits & 0x80 ? -size : size;
+}
+inline float from_f16(u32 bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  return exponent == 31 ? NAN : bits & 0x8000 ? -size : size;
+}
+inline u32 widen_e4m3(u32 word) {  // none is subnormal in f16
+  return by_halves((word & 0xFF) | (word & 0xFF00) << 8, 0, [](u32 bits, u32) -> u32 {
+    const float value = from_e4m3(bits);
+    if (value != value) return 0x7FFF;
+    if (value == 0) return (bits & 0x80) << 8;
+    const int exponent = std::ilogb(value);
+    return (bits & 0x80) << 8 | (u32)(exponent + 15) << 10 | ((u32)std::ldexp(std::fabs(value), 10 - exponent) & 1023);
+  });
+}
+struct Operands {
+  const u32 (&a)[4];
+  u32 b[2];
+};
+// Of `BYTES` an element; thread 4 g + q has four bytes of rows g and g + 8 of a, and of row g of b, at 4 q and at 16 + 4 q.
+template <int BYTES, class Value>
+void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, Value value) {
+  of_warp(Operands{a, {b0, b1}}, [&](auto of) {
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    for (int i = 0; i < 4; ++i) {
+      for (int byte = 0; byte < 32; byte += BYTES) {
+        const int lane = byte % 16 / 4, shift = 8 * (byte % 4);
+        const u32 left = of(4 * g + lane).a[i / 2 + byte / 16 * 2], right = of(4 * (2 * q + i % 2) + lane).b[byte / 16];
+        d[i] += value(left >> shift & ((1u << 8 * BYTES) - 1)) * value(right >> shift & ((1u << 8 * BYTES) - 1));
+      }
+    }
+    return 0;
+  });
+}
+inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply<2>(d, a, b0, b1, [](u32 bits) { return to_float(bits); });
+}
+inline void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply<2>(d, a, b0, b1, from_f16); }
+inline void mma_e4m3(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply<1>(d, a, b0, b1, from_e4m3); }
+inline u32 pack_floats(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
 // Blocks one after another, the threads of each at a time.
 template <class Kernel, class... Arguments>

@@ -1,4 +1,4 @@
-"""The kernels that need no tensor cores, compiled for the CPU: their own source, on stand-ins for CUDA's threads."""
+"""The kernels without wgmma, compiled for the CPU: their own source, on stand-ins for CUDA's threads and warps."""
 
 import ctypes
 import shutil
@@ -10,7 +10,7 @@ import torch
 
 from ao_act24.kernels import compile, reference
 
-BF16 = torch.bfloat16
+BF16, NAN = torch.bfloat16, float("nan")
 MAIN = """
 #include "relu2_sparsify.cu"
 #include "feature_wise.cu"
@@ -57,6 +57,38 @@ void run_columns(const u16* packed, const u32* metadata, const i64* index, u16* 
 }
 """
 
+# Stages are few, so that rings come round; of the second kernel blocks have eight warps side by side, or one.
+ACTIVE = """
+#define UP_STAGES 3
+#define DOWN_STAGES 4
+#define PREFETCHED (1 << 16)
+#include "fp8.cuh"
+""" + "".join(
+    f"""
+namespace active_{fp8}_{eights}_{column_warps} {{
+#define FP8 {fp8}
+#define EIGHTS {eights}
+#define COLUMN_WARPS {column_warps}
+#include "active.cu"
+#undef FP8
+#undef EIGHTS
+#undef COLUMN_WARPS
+}}
+extern "C" void run_active_{fp8}_{eights}_{column_warps}(
+    const u16* x, const u16* up, const u16* up_bias, const u16* down, const u16* down_bias, const float* x_scale,
+    const float* up_scale, const float* down_scale, u16* y, u8* active, u32* largest, u16* out, i64 tokens,
+    i64 model_dim, i64 hidden_dim, i64 out_dim, i64 blocks) {{
+  using namespace active_{fp8}_{eights}_{column_warps};
+  launch(active_relu2, blocks, 1, x, up, up_bias, down, x_scale, up_scale, y, active, largest, tokens, model_dim,
+         hidden_dim / 16, out_dim);
+  launch(active_mm, (out_dim + 64 * {column_warps} - 1) / (64 * {column_warps}), 1, y, (const u32*)active,
+         (const u16*)largest, down, down_scale, down_bias, out, tokens, hidden_dim, out_dim, blocks);
+}}
+"""
+    for fp8 in (0, 1)
+    for eights, column_warps in ((1, 1), (2, 8))
+)
+
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
@@ -74,14 +106,20 @@ def host(tmp_path_factory):
     ):
         shutil.copy(compile.CSRC / name, path)
     shutil.copy(Path(__file__).parent / "stand_in.h", path / "ptx.cuh")
+    here = (compile.CSRC / "active.cu").read_text()
+    dynamic = "extern __shared__ __align__(128) u8 shared[];"
+    assert here.count(dynamic) == 2
+    (path / "active.cu").write_text(here.replace(dynamic, "u8* const shared = arena;").replace('extern "C"', ""))
     (path / "main.cpp").write_text(MAIN)
+    (path / "few.cpp").write_text(ACTIVE)
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-    subprocess.run(["g++", *options, "main.cpp", "-o", "host.so"], check=True, cwd=path)
+    subprocess.run(["g++", *options, "main.cpp", "few.cpp", "-o", "host.so"], check=True, cwd=path)
     library = ctypes.CDLL(str(path / "host.so"))
 
     def call(name, *arguments):
         made = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_longlong(a) for a in arguments
+            ctypes.c_longlong(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+            for a in arguments
         ]
         getattr(library, name)(*made)
 
@@ -191,3 +229,77 @@ def test_the_densest(most, features, chosen, host):
     got = poisoned(index), poisoned(slots)
     host("run_densest", counts, *got, features, chosen)
     assert torch.equal(got[0], index) and torch.equal(got[1], slots)
+
+
+FEW = [  # tokens, D, H, D', and blocks of the first kernel
+    (1, 64, 64, 64, 4),
+    (3, 576, 192, 192, 5),
+    (8, 1088, 64, 128, 3),
+    (9, 128, 320, 576, 7),
+    (16, 64, 1152, 64, 2),
+]
+
+
+def few_operands(tokens, model_dim, hidden_dim, out_dim):
+    """Small integers: sums are exact. Half of the neurons are silent."""
+    sizes = (tokens, model_dim), (hidden_dim, model_dim), (hidden_dim, out_dim), (hidden_dim,), (out_dim,)
+    x, up, down, up_bias, down_bias = (torch.randint(-1, 2, size).float() for size in sizes)
+    up[:, 8:] *= torch.rand(hidden_dim, model_dim - 8) < 0.1
+    up_bias[torch.rand(hidden_dim) < 0.5] = -1000
+    return x, up, down, up_bias, down_bias
+
+
+def run_few(host, fp8, arguments, tokens, model_dim, hidden_dim, out_dim, blocks):
+    each = 1 + fp8
+    between = torch.full((hidden_dim, -(-tokens // 8) * 8), 7, dtype=torch.int16), torch.zeros(hidden_dim // 8).byte()
+    largest, out = torch.zeros(blocks, between[0].shape[1]).to(torch.int16), torch.full((tokens, out_dim), 7).to(BF16)
+    sizes = tokens, model_dim // each, hidden_dim, out_dim // each, blocks
+    warps = "1_1" if tokens <= 8 else "2_8"
+    host(f"run_active_{fp8}_{warps}", *arguments, *between, largest, out, *sizes)
+    return out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", FEW, ids=str)
+def test_few_tokens(sizes, bias, host):
+    x, up, down, *biases = (t.to(BF16) for t in few_operands(*sizes[:4]))
+    if not bias:
+        biases = None, None
+    got = run_few(host, 0, (x, up, biases[0], down, biases[1], None, None, None), *sizes)
+    want = reference.active_ffn(x, up, biases[0], down.t(), biases[1])
+    assert same_bits(got, want) and want.any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("tokens", "model_dim", "hidden_dim", "out_dim", "blocks"), FEW)
+def test_few_tokens_in_fp8(tokens, model_dim, hidden_dim, out_dim, blocks, bias, host):
+    sizes = tokens, 2 * model_dim, hidden_dim, 2 * out_dim
+    x, up, down, *biases = few_operands(*sizes)
+    biases = [b.to(BF16) if bias else None for b in biases]
+    x, up, down = (t.to(torch.float8_e4m3fn) for t in (x, up, down))
+    scales = [
+        2.0 ** torch.randint(*between, (n,))
+        for between, n in (((-3, 4), tokens), ((0, 2), hidden_dim), ((-3, 4), 2 * out_dim))
+    ]
+    if bias:
+        scales[0].fill_(1)
+    got = run_few(host, 1, (x, up, biases[0], down, biases[1], *scales), *sizes, blocks)
+    want = reference.active_ffn_fp8(x, scales[0], up, scales[1], biases[0], down.t(), scales[2], biases[1], BF16)
+    assert same_bits(got, want) and want.any()
+
+
+def test_few_tokens_read_no_silent_neuron(host):
+    """Nor does it change a bit of the others' sums where it stands. A sixteen that is not whole has zeros besides."""
+    sizes = 3, 64, 128, 64
+    x, up, down, up_bias, down_bias = (t.to(BF16) for t in few_operands(*sizes))
+    fire = torch.arange(1, 118, 2)
+    up_bias.fill_(-1000)[fire] = 3
+    down.fill_(NAN)[fire] = torch.randn(59, 64).to(BF16)
+    got = run_few(host, 0, (x, up, up_bias, down, down_bias, None, None, None), *sizes, 3)
+    wider = [torch.full(size, value).to(BF16) for size, value in (((256, 64), 0.0), ((256, 64), NAN), ((256,), -9.0))]
+    for wide, tensor in zip(wider, (up, down, up_bias)):
+        wide[fire + 64 * (fire > 30)] = tensor[fire]
+    wide = run_few(host, 0, (x, wider[0], wider[2], wider[1], down_bias, None, None, None), 3, 64, 256, 64, 3)
+    assert same_bits(got, wide) and got.isfinite().all()
+    silent = run_few(host, 0, (x, up, torch.full_like(up_bias, -1000), down, down_bias, None, None, None), *sizes, 3)
+    assert same_bits(silent, down_bias.expand(3, -1))

@@ -20,28 +20,6 @@
 
 constexpr int WARPS = 8, PADDED = 8 * EIGHTS, ROWS = 16, RUN = 64, WEIGHTS = ROWS * RUN * 2;  // tokens; of a stage, in bytes too
 
-// d (16 x 8) += a (16 x K) * b (K x 8).
-#define MMA(NAME, HOW)                                                                                                        \
-  __device__ __forceinline__ void NAME(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {                                    \
-    asm("mma.sync.aligned." HOW ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                      \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                      \
-  }
-#if FP8
-MMA(mma_up, "m16n8k32.row.col.f32.e4m3.e4m3")
-MMA(mma_down, "m16n8k16.row.col.f32.f16.f16")
-#else
-MMA(mma_up, "m16n8k16.row.col.f32." ELEMENT "." ELEMENT)
-MMA(mma_down, "m16n8k16.row.col.f32." ELEMENT "." ELEMENT)
-#endif
-
-// The two e4m3 in the low half of a word, as f16.
-__device__ __forceinline__ u32 widen(u32 word) {
-  u32 two;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(two) : "h"((u16)word));
-  return two;
-}
-
 __device__ __forceinline__ u32 lies_at(int row, int eight) { return row * RUN * 2 + (eight ^ row % 8) * 16; }
 
 // y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 8 i + n fire? FP8: relu(h) instead of y, and of each block
@@ -104,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
           for (int eight = 0; eight < EIGHTS; ++eight) {
             u32 b[4];
             load_matrices(b, of_token[eight] + 2 * (start + first_column) + 32 * step);
-            mma_up(d[eight], a[0], b[0], b[1]);
-            mma_up(d[eight], a[1], b[2], b[3]);
+            FP8 ? mma_e4m3(d[eight], a[0], b[0], b[1]) : mma(d[eight], a[0], b[0], b[1]);
+            FP8 ? mma_e4m3(d[eight], a[1], b[2], b[3]) : mma(d[eight], a[1], b[2], b[3]);
           }
         }
       }
@@ -253,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
       for (int i = 0; i < 2 * EIGHTS; ++i) {
         u32& two = b[i / 4][i % 4];
-        two = widen(scaled_squares(low_float(two), high_float(two), inverse[i / 2]));
+        two = widen_e4m3(scaled_squares(low_float(two), high_float(two), inverse[i / 2]));
       }
     }
 #pragma unroll
@@ -265,12 +243,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         u32 a[4] = {loaded[0], loaded[1], loaded[2], loaded[3]};
         if (FP8) {  // columns 2 g, and 2 g + 1 in the place of those of g + 8
           const u32 low = loaded[i], high = loaded[i + 2];
-          a[0] = widen(permute_bytes<0x20>(low, 0)), a[1] = widen(permute_bytes<0x31>(low, 0));
-          a[2] = widen(permute_bytes<0x20>(high, 0)), a[3] = widen(permute_bytes<0x31>(high, 0));
+          a[0] = widen_e4m3(permute_bytes<0x20>(low, 0)), a[1] = widen_e4m3(permute_bytes<0x31>(low, 0));
+          a[2] = widen_e4m3(permute_bytes<0x20>(high, 0)), a[3] = widen_e4m3(permute_bytes<0x31>(high, 0));
         }
 #pragma unroll
         for (int eight = 0; eight < EIGHTS; ++eight) {
-          mma_down(d[EACH * sixteen + i][eight], a, b[eight / 2][eight % 2 * 2], b[eight / 2][eight % 2 * 2 + 1]);
+          const u32 first_half = b[eight / 2][eight % 2 * 2], second_half = b[eight / 2][eight % 2 * 2 + 1];
+          float(&sums)[4] = d[EACH * sixteen + i][eight];
+          FP8 ? mma_f16(sums, a, first_half, second_half) : mma(sums, a, first_half, second_half);
         }
       }
     }

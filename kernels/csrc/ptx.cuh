@@ -292,6 +292,19 @@ __device__ __forceinline__ void wgmma_dense_e4m3(float (&d)[128], u64 a, u64 b) 
       : "l"(a), "l"(b));
 }
 
+// --- mma: matrix multiplication by a warp. d (16 x 8) += a (16 x K) * b (K x 8); K is 32 bytes long
+
+#define MMA(NAME, HOW)                                                                                                        \
+  __device__ __forceinline__ void NAME(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {                                    \
+    asm("mma.sync.aligned." HOW ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                                      \
+  }
+
+MMA(mma, "m16n8k16.row.col.f32." ELEMENT "." ELEMENT)
+MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16")
+MMA(mma_e4m3, "m16n8k32.row.col.f32.e4m3.e4m3")
+
 // --- two 16-bit floats in a word
 
 // Above infinity: all NaNs count as this much.
@@ -307,6 +320,13 @@ __device__ __forceinline__ u32 pack_floats(float low, float high) {
 __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
   u16 two;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+  return two;
+}
+
+// The two e4m3 in the low half of a word, as f16.
+__device__ __forceinline__ u32 widen_e4m3(u32 word) {
+  u32 two;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(two) : "h"((u16)word));
   return two;
 }
 
