@@ -375,6 +375,31 @@ def decode(quick: bool, meter: Meter) -> Iterator[list[Row]]:
                 for found in timed.values():
                     found["what"] += " common" * common
                 yield placed(timed, (tokens, *size), zeros)
+    for size, tokens in itertools.product(DECODE_SIZES[: 1 if quick else None], DECODE_TOKENS[:4]):
+        yield from decode_fp8((tokens, *size))
+
+
+def decode_fp8(shape: Shape) -> Iterator[list[Row]]:
+    """The same of weights in fp8, both of them, each token's neurons its own."""
+    ffns = [ffn_and_input(shape, 90)[0] for _ in range(2)]
+    x = torch.empty(shape[:2], device="cuda", dtype=torch.bfloat16)
+    for ffn in ffns:
+        quantize_(ffn, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    ours = copy.deepcopy(ffns)
+    for ffn in ours:
+        ao_act24.neuron_major_(ffn)
+    runs: Runs = {}
+    for name, each, how in (("dense fp8", ffns, {}), ("few fp8", ours, {"backend": "ao_act24"})):
+        try:
+            calls = [compiled(ffn, x.normal_(), **{name: how})[name] for ffn in each]
+        except RuntimeError as error:  # torch's dense matmul in fp8 does not take every size
+            print(f"{named(shape)}, {name}: {error}")
+            return
+        runs[name] = captured(functools.partial(each_of, calls), 1)
+    for zeros in (50, 95):
+        for ffn in (*ffns, *ours):
+            nn.init.constant_(ffn.up.bias, SHIFTS[zeros])
+        yield placed(in_turn(runs, 0.02, 5, each=2), shape, zeros)
 
 
 def ffn_of(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, bias: Tensor) -> Tensor:

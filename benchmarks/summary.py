@@ -153,6 +153,12 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     least_of_all = []
     for zeros, common in itertools.product((50, 85, 90, 95, 97), ("", " common")):
         for shape, timed in rows(result, "decode", zeros).items():
+            if "few fp8" in timed and not common:
+                add_ratio(
+                    f"FFN of few tokens in fp8 over dense fp8, {zeros} % zeros",
+                    shape,
+                    ratio(timed, "dense fp8", "few fp8"),
+                )
             if f"few{common}" not in timed:
                 continue
             baseline = min((timed[f"{name}{common}"] for name in ("cuBLAS", "dense")), key=lambda row: row["median"])
