@@ -6,7 +6,7 @@ rewrite of the joint or the post-grad graph meets a different pattern in each of
 decide what is saved for backward.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -89,18 +89,24 @@ class Act24Backend:
         config = patches.pop("act24", self.config)
         if not isinstance(config, Act24Config):
             raise TypeError(f"options['act24'] must be an Act24Config, got {config!r}")
+        if ours := {setting.name for setting in fields(Act24Config)} & patches.keys():
+            name = min(ours)
+            raise ValueError(
+                f"options[{name!r}] is no option of Inductor but a setting of Act24Config: "
+                f"options={{'act24': Act24Config({name}={patches[name]!r})}}"
+            )
         if patches.setdefault("use_pre_grad_passes", True) is False:
             if options and "use_pre_grad_passes" in options:
                 raise ValueError("options['use_pre_grad_passes'] must be True, or unset: the rewrite is such a pass")
             patches["use_pre_grad_passes"] = True  # mode="lite" turns them off
         watched = notice.watch(gm, config)  # not in the pass, which does not run on a warm cache
         earlier = patches.get("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
-        ours = Act24Pass(config)
+        rewrite = Act24Pass(config)
         if earlier:
             passes = tuple(earlier) if isinstance(earlier, (list, tuple)) else (earlier,)
-            patches["pre_grad_custom_pass"] = _InTurn((*passes, ours))
+            patches["pre_grad_custom_pass"] = _InTurn((*passes, rewrite))
         else:
-            patches["pre_grad_custom_pass"] = ours
+            patches["pre_grad_custom_pass"] = rewrite
         return watched(compile_fx(gm, example_inputs, config_patches=patches))
 
 

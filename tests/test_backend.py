@@ -56,6 +56,7 @@ def test_dynamic_sizes_share_one_graph():
     "options, message",
     [
         ({"act24": 3}, "must be an Act24Config, got 3"),
+        ({"emulate": True}, r"options=\{'act24': Act24Config\(emulate=True\)\}"),
         ({"no_such": 1}, "no_such"),
         ({"use_pre_grad_passes": False}, "must be True"),
     ],
