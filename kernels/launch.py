@@ -36,6 +36,9 @@ class Launch:
         self._config = configuration(grid, threads, shared_bytes, cluster, early)
         self._rest = kernel, ctypes.addressof(self._addresses), 0
         self._launch = driver().cuLaunchKernelEx
+        if early:  # a multiprocessor that has to part its memory anew ends all that it runs first
+            carveout = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            checked("cuFuncSetAttribute", driver().cuFuncSetAttribute(kernel, carveout, 100))  # per cent
 
     def __call__(self, *pointers: int) -> None:
         self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
@@ -54,8 +57,6 @@ def configuration(grid: tuple[int, int], threads: int, shared_bytes: int, cluste
 
     if early:
         attribute("PROGRAMMATIC_STREAM_SERIALIZATION").programmaticStreamSerializationAllowed = 1
-        # A multiprocessor that has to part its memory anew ends all that it runs first.
-        attribute("PREFERRED_SHARED_MEMORY_CARVEOUT").sharedMemCarveout = 100  # per cent
     if cluster > 1:
         size = attribute("CLUSTER_DIMENSION").clusterDim
         size.x, size.y, size.z = cluster, 1, 1

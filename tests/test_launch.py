@@ -49,7 +49,7 @@ class Driver:
     """Notes what is launched. A tensor map's first word is its pointer here."""
 
     def __init__(self):
-        self.launches, self.maps, self.last = 0, [], []
+        self.launches, self.maps, self.last, self.all_shared = 0, [], [], set()
 
     def __getattr__(self, name):
         return getattr(driver, name)
@@ -63,6 +63,11 @@ class Driver:
         self.arguments = (ctypes.c_void_p * ARGUMENTS[kernel]).from_address(parameters)[:]
         self.words = [ctypes.c_int64.from_address(address).value for address in self.arguments]
         self.before, self.last = self.last, self.words
+        return SUCCESS
+
+    def cuFuncSetAttribute(self, kernel, attribute, value):
+        assert attribute == driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        self.all_shared.add((kernel, value))
         return SUCCESS
 
     def cuOccupancyMaxActiveClusters(self, kernel, config):
@@ -199,6 +204,7 @@ def test_active_ffn(tokens, hidden_dim, out_dim, padded, cluster, blocks, shared
     assert (launched.blocks, launched.threads, launched.shared) == (blocks, 256, shared)
     kinds = driver.CUlaunchAttributeID
     assert launched.attributes[kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION]
+    assert launched.all_shared == {(KERNELS["active_relu2"], 100), (KERNELS["active_mm"], 100)}
     of_cluster = launched.attributes.get(kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
     assert cluster == (of_cluster.clusterDim.x if of_cluster else 1)
     y, active, largest = cuda.PLANS.active_ffn(x.shape, by_neurons.t().shape, False, BF16, -1).between
