@@ -25,7 +25,8 @@ HOW_TO_CONVERT = 'sparsify_(model, Act24Config(dtype="fp8")), or torchao.quantiz
 def to_fp8(weight: Tensor) -> Float8Tensor:
     """``weight [D, H]`` as ``quantize_`` would have it, which refuses to on a CPU; but rows of zeros stay zeros.
 
-    So they do in what it multiplies: torchao makes NaN of both.
+    So they do in what it multiplies: torchao makes NaN of both. Scales stay in fp32, where torchao rounds those of a
+    bfloat16 weight to its dtype.
     """
     return from_parts(*rows_to_fp8(weight.contiguous()), weight.dtype)
 
@@ -74,10 +75,13 @@ def to_torchao(packed: Tensor, metadata: Tensor, row_scale: Tensor, dtype: torch
     ``packed [tokens, H / 2]``; ``dtype``: what the tensor says that it stands for.
 
     Raises:
+        TypeError: unless packed is in e4m3.
         ValueError: unless packed is two-dimensional, tokens divisible by 64 and H by 128.
         NotImplementedError: on torchao < 0.18, which has no such tensor.
     """
     Sparse = torchao_float8_sparse()
+    if packed.dtype != E4M3:
+        raise TypeError(f"packed must have dtype float8_e4m3fn, got {packed.dtype}")
     tokens, hidden_dim = packed.shape[0], 2 * packed.shape[-1]
     if packed.dim() != 2 or tokens % 64 or hidden_dim % 128:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ao_act24 import autograd, ops, ops_fp8
 from ao_act24.capture import locator, run_captured
 from ao_act24.config import Act24Config, checked
-from ao_act24.fp8 import from_parts, to_fp8
+from ao_act24.fp8 import from_parts, is_fp8, to_fp8
 from ao_act24.kernels import reference
 from ao_act24.passes import Act24Warning, Verdict, graph_modules, rewrite_graph
 from ao_act24.passes.find import Site, find_sites
@@ -208,11 +208,12 @@ def measure(
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of the model's output, got {type(loss).__name__}")
     layers: dict[tuple[Any, ...], Layer] = {}
+    converted: list[Site] = []
     with_gradients = torch.is_grad_enabled()
     rewrite = Act24Config(emulate=True, dtype=checked(config).dtype)
 
     def run(stand_in: StandIn | None) -> Any:
-        return run_captured(model, inputs, kwargs, _Probe(model, rewrite, layers, progress, stand_in))
+        return run_captured(model, inputs, kwargs, _Probe(model, rewrite, layers, converted, progress, stand_in))
 
     with _Progress() as progress, torch.no_grad(), ignored():
         dense, sparse = run(_compare), run(None)
@@ -225,7 +226,7 @@ def measure(
         dense_loss, sparse_loss = (None if value is None else float(value) for value in losses)
         if with_gradients and sparse_loss is not None:
             _add_gradients(lambda stand_in: _loss(run(stand_in), loss))
-        plain = run_captured(model, inputs, kwargs, "eager") if rewrite.dtype else None
+        plain = run_captured(model, inputs, kwargs, "eager") if converted else None
     measured = tuple(layers.values()), dense_loss, sparse_loss, _relative_error(*map(_first_tensor, (sparse, dense)))
     if plain is None:
         return Measurement(*measured)
@@ -264,7 +265,10 @@ def _compare_fp8(
     sparse = ops_fp8.sparse_mm_fp8(packed, metadata, row_scale, qdata, scale, bias, dtype)
     in_fp8 = from_parts(qdata, scale, dtype)
     dense = torch.nn.functional.linear(reference.relu2(h), in_fp8, bias)
-    in_16_bits = h if first is None else torch.nn.functional.linear(*first)
+    in_16_bits = h
+    if first is not None:
+        x, up, up_bias = first
+        in_16_bits = torch.nn.functional.linear(x, (up.dequantize() if is_fp8(up) else up).to(x.dtype), up_bias)
     weight = in_fp8.dequantize() if weight is None else weight
     layer._add(reference.relu2(h), ops.unpack(*ops.relu2_sparsify(h)), sparse, dense)
     layer._add_fp8(sparse, dense, torch.nn.functional.linear(reference.relu2(in_16_bits), weight, bias))
@@ -272,14 +276,18 @@ def _compare_fp8(
 
 
 def _in_16_bits(site: Site) -> tuple[tuple[Any, ...] | None, Any]:
-    """What was converted in the graph, as it was: the operands of the first projection, and the second one's weight."""
+    """The operands of the first projection, and the second one's weight, before they were converted in the graph."""
     assert site.down is not None
-    first, weight = None, None
-    if site.up is not None and isinstance(site.up.weight, Node) and site.up.weight.target is to_fp8:
-        first = site.up.input, site.up.weight.args[0], site.up.bias
-    if isinstance(site.down.weight, Node) and site.down.weight.target is to_fp8:
-        weight = site.down.weight.args[0]
+    first, weight, up = None, None, site.up
+    if up is not None and isinstance(up.weight, Node) and not up.transposed:
+        first = up.input, up.weight.args[0] if up.weight.target is to_fp8 else up.weight, up.bias
+    if _is_converted(site):
+        weight = site.down.weight.args[0]  # type: ignore[union-attr]
     return first, weight
+
+
+def _is_converted(site: Site) -> bool:
+    return site.down is not None and isinstance(site.down.weight, Node) and site.down.weight.target is to_fp8
 
 
 def _add_gradients(loss: Callable[[StandIn], Tensor | float | None]) -> None:
@@ -314,6 +322,7 @@ class _Probe:
     model: Callable[..., Any]
     rewrite: Act24Config
     layers: dict[tuple[Any, ...], Layer]  # by the names of its weights, its path and its line of code
+    converted: list[Site]  # to fp8, in the graphs
     progress: "_Progress"
     stand_in: StandIn | None
     args: tuple[Any, ...] | None = None  # of the graph that is running
@@ -327,6 +336,7 @@ class _Probe:
                 if not site.rewritten or self.stand_in is None or by_name:
                     continue
                 in_fp8 = is_our_op(site.node, "sparse_mm_fp8")
+                self.converted += [site] * _is_converted(site)
                 if not in_fp8 or self.stand_in is _compare:  # fp8 has no gradients
                     self._replace(site, self.stand_in, locator(gm, self.model, site, describe(site, "", self.rewrite)))
                     sites += 1

@@ -432,8 +432,11 @@ _define(
 )
 
 
-def _define_autocast(name: str, device_type: str) -> None:
-    """Under autocast a matmul runs in the autocast dtype, as F.linear does; the packing ops keep their input's."""
+def _define_autocast(name: str, device_type: str, casts: bool = True) -> None:
+    """Under autocast a matmul runs in the autocast dtype, as F.linear does; the packing ops keep their input's.
+
+    Not ``casts``: it runs as it is, and what the reference computes it with, too.
+    """
     key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
     op = getattr(torch.ops.ao_act24, name)
 
@@ -445,12 +448,12 @@ def _define_autocast(name: str, device_type: str) -> None:
             return arg.to(dtype) if eligible and arg.device.type == device_type else arg  # type: ignore[attr-defined]
 
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*map(cast, args))
+            return op(*map(cast, args) if casts else args)
 
     _lib.impl(name, autocast, f"Autocast{device_type.upper()}")
 
 
-for _name in ("linear_relu2_sparsify", "sparse_mm", "sampled_mm", "relu2_ffn"):
+for _name in ("linear_relu2_sparsify", "sparse_mm", "sampled_mm", "relu2_ffn", "active_ffn"):
     for _device_type in ("cpu", "cuda"):
         _define_autocast(_name, _device_type)
 

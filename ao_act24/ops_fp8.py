@@ -226,6 +226,8 @@ def _no_gradient(ctx: Any, *_: Any) -> None:
 
 for _name in ("relu2_sparsify_fp8", "linear_relu2_sparsify_fp8", "sparse_mm_fp8", "active_ffn_fp8"):
     torch.library.register_autograd(f"ao_act24::{_name}", _no_gradient)
+    for _device_type in ("cpu", "cuda"):
+        ops._define_autocast(_name, _device_type, casts=False)
 
 relu2_sparsify_fp8 = torch.ops.ao_act24.relu2_sparsify_fp8
 linear_relu2_sparsify_fp8 = torch.ops.ao_act24.linear_relu2_sparsify_fp8

@@ -311,7 +311,7 @@ def _changed(module: nn.Module, generated: _Generated, inputs: list[Tensor]) -> 
     for path, (transposed, _, in_fp8) in generated.weights.items():
         weight = attribute(module, path)
         if is_fp8(weight) != bool(in_fp8) or (not in_fp8 and is_traceable_wrapper_subclass(weight)):
-            return f"{path} became a {type(weight).__name__}"
+            return f"{path} became a {type(weight).__name__}: call sparsify_ again"
         if in_fp8 and (changed := _changed_in_fp8(module, path, generated, in_fp8, inputs)):
             return changed
         if weight.shape[0 if transposed else -1] % 4:

@@ -213,9 +213,15 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         matmuls["first matmul, _scaled_mm"] = functools.partial(torch._scaled_mm, x8, up.t(), **first)
         operands = x8, x_scale, up, up_scale, ffn.up.bias, torch.bfloat16
         matmuls["first matmul, packing"] = functools.partial(cuda.linear_relu2_sparsify_fp8, *operands)
+        first_want = reference.linear_relu2_sparsify_fp8(*(t[:512] if t is x8 or t is x_scale else t for t in operands))
+        first_got = cuda.linear_relu2_sparsify_fp8(*operands)
+        halves = [reference.unpack(found[0][:512].float(), found[1][:512]) for found in (first_got, first_want)]
+        check("linear_relu2_sparsify_fp8", *halves)
         theirs: Runs = {}
         if torch.backends.cusparselt.is_available():
             found = cusparselt(pruned.to(w.dtype), w, torch.bfloat16)
+            for run in found.values():
+                check("cuSPARSELt", run(), pruned @ w.float().t())
             theirs = {f"cuSPARSELt {algorithm}": run for algorithm, run in found.items()}
         in_graphs = {name: repeated(run, 4)[0] for name, run in (matmuls | theirs).items()}
         packing: Runs = {

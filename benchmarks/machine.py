@@ -23,6 +23,7 @@ Sample = tuple[float, float, int]  # seconds, joules, MHz
 
 def record(command: str) -> dict[str, object]:
     """Machine, versions, commit and sources. ``sources`` tells what ran also where there is no git."""
+    import torchao
     import triton
 
     fields = "driver_version,power.limit,clocks.max.sm"
@@ -35,6 +36,7 @@ def record(command: str) -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
+        "torchao": torchao.__version__,
         "cusparselt": torch.backends.cusparselt.version(),
         "commit": commit(ROOT),
         "sources": source_digest(),

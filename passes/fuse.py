@@ -76,9 +76,7 @@ def fuse(graph: Graph, config: Act24Config) -> None:
             graph.erase_node(up.node)
     for node in [node for node in graph.nodes if is_our_op(node, "relu2_sparsify_fp8")]:
         up = as_linear(argument(node, 0, "h"))
-        if up is None or set(up.node.users) != {node} or up.transposed or not is_fp8(value(up.weight)):
-            continue
-        if not why_not_by_rows(value(up.weight)) and _has_fp8_kernel(up):
+        if up is not None and set(up.node.users) == {node} and _takes_fp8(up):
             _fuse_in_fp8(node, up)
 
 
@@ -92,6 +90,12 @@ def _fuse_in_fp8(three: Node, up: Linear) -> None:
     three.replace_all_uses_with(fused)
     three.graph.erase_node(three)
     three.graph.erase_node(up.node)
+
+
+def _takes_fp8(up: Linear) -> bool:
+    """Whether the first matmul's weight is in fp8, as our kernel takes it."""
+    weight = value(up.weight)
+    return is_fp8(weight) and not up.transposed and not why_not_by_rows(weight) and _has_fp8_kernel(up)
 
 
 def _has_fp8_kernel(up: Linear) -> bool:
@@ -133,9 +137,11 @@ def _cast(emit: Emitter, node: Any, dtype: torch.dtype) -> Any:
 
 def packs_itself(site: Site) -> bool:
     """Whether the first matmul of a site, before it is rewritten, will pack its own result in inference."""
-    assert site.relu2 is not None
+    assert site.relu2 is not None and site.down is not None
     up = site.up
-    return up is not None and not _why_kept(up, site.relu2) and _plain(up) and _has_kernel(up)
+    if up is None or _why_kept(up, site.relu2) or not _plain(up):
+        return False
+    return _takes_fp8(up) if is_fp8(known_weight(site.down)[0]) else _has_kernel(up)
 
 
 def why_apart(site: Site, in_fp8: bool = False) -> str:

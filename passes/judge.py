@@ -63,18 +63,18 @@ def judge(site: Site, config: Act24Config) -> str:
     if not grad and not config.emulate and runs_active(site):
         site.few = True
         return ""
-    stored = weight.qdata if is_fp8(weight) else weight
+    stored = weight.qdata if is_fp8(weight) else None if in_fp8 else weight  # converted, it will lie in rows
     in_rows = stored is None or (stored.t() if transposed else stored).is_contiguous()
-    if not in_rows and not in_fp8 and not training:
+    if stored is not None and not in_rows and not in_fp8 and not training:
         in_rows = (stored if transposed else stored.t()).is_contiguous()  # a row for each neuron
     if like.is_cuda and not config.emulate and depends_on_data(tokens):
         return "the number of tokens depends on data: whether 2:4 is faster is not known before"
-    size = (tokens, model_dim, hidden_dim, in_rows, training, training or (not in_fp8 and packs_itself(site)))
+    size = (tokens, model_dim, hidden_dim, in_rows, training, training or packs_itself(site))
     if reason := next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), ""):
         return reason
     if training and like.is_cuda and not config.emulate and (apart := why_apart(site)):
         return f"{apart}: in training only both projections in one operator are faster than dense"
-    return ""
+    return _why_not_converted(site, config, dtypes) if in_fp8 and not is_fp8(weight) else ""
 
 
 def _why_not_fp8(site: Site, config: Act24Config, grad: bool, dtypes: set[torch.dtype]) -> str:
@@ -102,6 +102,13 @@ def _why_not_fp8(site: Site, config: Act24Config, grad: bool, dtypes: set[torch.
         size for weight in (up, down) if weight is not None for size in weight.shape if not same_size(size % 16, 0)
     ]:
         return f"only weights of sizes divisible by 16 are converted to fp8, got {odd[0]}"
+    return ""
+
+
+def _why_not_converted(site: Site, config: Act24Config, dtypes: set[torch.dtype]) -> str:
+    """Of weights that are not in fp8 and lack nothing else. Empty if they are to be converted at each call."""
+    assert site.up is not None and site.down is not None
+    up, down = known_weight(site.up)[0], known_weight(site.down)[0]
     if isinstance(down, torch.Tensor) and maybe_get_fake_mode(down) is None:  # a module's own, not Dynamo's
         return NOT_CONVERTED
     if not config.emulate:

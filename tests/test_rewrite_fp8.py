@@ -4,6 +4,7 @@ The oracle multiplies in fp32 what it rounds by itself; torchao's Float8Tensor i
 """
 
 import copy
+import importlib
 import io
 import warnings
 
@@ -14,10 +15,11 @@ from mlp import MLP
 from oracle import mask24, relative_error
 from torch import nn
 from torchao.quantization import Float8Tensor, PerRow, PerTensor
+from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 from torchao_fp8 import needs_scaled_mm
 
 import ao_act24
-from ao_act24 import Act24Config, Act24Warning, fp8
+from ao_act24 import Act24Config, Act24Warning, fp8, ops_fp8
 from ao_act24.passes import graph_modules, rewrite_graph
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -214,12 +216,17 @@ def test_sparsify_converts_what_it_rewrites():
     assert relative_error(model(x), want) > CLOSE
 
 
-def test_sparsify_takes_a_converted_model():
-    mlp, x = convert(dense_mlp()), data()
-    before = list(mlp.parameters())
+@pytest.mark.parametrize("how", [fp8.to_fp8, None], ids=["to_fp8", "torchao"])
+def test_each_way_takes_a_converted_model(how):
+    """torchao's own tensors have scales in bfloat16, and no lower bound of those of the activation."""
+    mlp, x = convert(dense_mlp(), how or from_hp(act_quant_kwargs=QuantizeTensorToFloat8Kwargs())), data()
+    before, want = list(mlp.parameters()), oracle(mlp, x)
+    got = torch.compile(mlp, backend="ao_act24", fullgraph=True)(x)
+    assert relative_error(got, want) < 0.03, "Inductor rounds x to fp8 otherwise"
+    assert relative_error(rewritten(mlp)(x), want) <= CLOSE
     assert len(ao_act24.sparsify_(mlp).rewritten) == 1
     assert all(a is b for a, b in zip(mlp.parameters(), before, strict=True))
-    assert relative_error(mlp(x), oracle(mlp, x)) <= CLOSE
+    assert relative_error(mlp(x), want) <= CLOSE
 
 
 class Functional(nn.Module):
@@ -412,6 +419,37 @@ def test_autocast():
         )
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_operators_ignore_autocast(dtype):
+    """The sums of the reference do not fit in fp16."""
+    x, up, down = (torch.full(size, 448.0).to(torch.float8_e4m3fn) for size in ((4, 64), (64, 64), (8, 64)))
+    scales = [torch.full(t.shape[:1], 1 / 64) for t in (x, up, down)]
+    packed = ops_fp8.relu2_sparsify_fp8(torch.ones(4, 64).to(BF16))
+
+    def run():
+        yield from ops_fp8.linear_relu2_sparsify_fp8(x, scales[0], up, scales[1], None, torch.float16)
+        yield ops_fp8.sparse_mm_fp8(*packed, down, scales[2], None, BF16)
+        yield ops_fp8.active_ffn_fp8(x, scales[0], up, scales[1], None, down, scales[2] * 1e-6, None, BF16)
+
+    want = list(run())
+    with torch.autocast("cpu", dtype):
+        got = list(run())
+    assert all(torch.equal(a.float(), b.float()) and b.float().isfinite().all() for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("why", ["slower here", ""])
+def test_nothing_is_converted_that_would_stay_dense_for_another_reason(why, monkeypatch):
+    """What sparsify_ asks at last is whether the weights are in fp8."""
+    monkeypatch.setattr(importlib.import_module("ao_act24.passes.judge"), "why_dense", lambda *_: why)
+    mlp = dense_mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Act24Warning)
+        ao_act24.sparsify_(mlp, FP8)
+    assert isinstance(mlp.down.weight, Float8Tensor) == isinstance(mlp.up.weight, Float8Tensor) == (not why)
+    if why:
+        assert reason(mlp, data(), FP8) == why
+
+
 def test_only_the_second_bias_is_trained():
     mlp = convert(dense_mlp()).requires_grad_(False)
     mlp.down.bias.requires_grad_()
@@ -477,10 +515,11 @@ def test_measure():
     assert 0.88 < layer.zeros < 0.92
     (now,) = (after := ao_act24.measure(converted, x)).layers
     assert (now.error, now.zeros, now.dropped) == (layer.error, layer.zeros, layer.dropped)
-    weights = MLP(dim=64, hidden=256).to(BF16)
-    weights.down.weight, weights.down.bias = nn.Parameter(converted.down.weight.dequantize()), mlp.down.bias
-    same_weights = weights.down(F.relu(converted.up(x)).square())
-    assert now.fp8_error == pytest.approx(relative_error(dense, same_weights)) and now.fp8_error < layer.fp8_error
+    same_weights = copy.deepcopy(mlp)
+    for linear, in_fp8 in ((same_weights.up, converted.up), (same_weights.down, converted.down)):
+        linear.weight = nn.Parameter(in_fp8.weight.dequantize())
+    assert now.fp8_error == pytest.approx(relative_error(dense, same_weights(x))), "of what its weights stand for"
+    assert 0.5 * layer.fp8_error < now.fp8_error < layer.fp8_error
     whole = ao_act24.measure(mlp, x, config=FP8, loss=lambda out: out.float().square().mean())
     assert whole.layers[0].tokens == 256, "counted once"
     assert whole.error_in_16_bits == pytest.approx(relative_error(sparse, exact))
@@ -490,6 +529,8 @@ def test_measure():
     assert "fp8 alone" in str(after) and "across tokens" not in str(after)
     ao_act24.sparsify_(converted)
     assert ao_act24.measure(converted, x).layers[0].error == layer.error
+    already = ao_act24.measure(converted, x, config=FP8)
+    assert already.error_in_16_bits is None and already.loss_in_16_bits is None, "it is in fp8 as it is called"
     (sixteen,) = ao_act24.measure(mlp, x).layers
     assert sixteen.fp8_error is None and sixteen.fp8_error_in_24 is None
 
