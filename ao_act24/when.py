@@ -39,7 +39,8 @@ asked. GPUs of another number of multiprocessors and model_dim below 768 were no
 either, but run by the same rule: fp8, and weights that have a row for each neuron.
 
 Few tokens of such weights, by the neurons that fire. Dense over that time, in CUDA graphs, weights never in L2, zeros
-independent (seen): the worst case is 50 % zeros, of which four tokens leave 6 % of the neurons out::
+independent (seen, before the first kernel brought rows into L2). Half of the activations are zero in a ReLU² model
+that was not trained at all; of four tokens' that leaves 6 % of the neurons out, of eight tokens' none::
 
     D x H           1 token, 95 %   4 tokens, 95 %   8 tokens, 95 %   1, 50 %   4, 50 %   8, 50 %   16, 50 %
     4096 x 16384             1.65             1.51             1.33      1.17      0.98      0.95       0.98
@@ -48,7 +49,7 @@ independent (seen): the worst case is 50 % zeros, of which four tokens leave 6 %
     8192 x 32768             1.85             1.62             1.48      1.28      1.01      1.01          -
 
 So ``FEW_TOKENS``: from D x H on, up to so many tokens. Smaller sizes were not measured: dense, or 2:4. Nor was fp8:
-its weights count as half as many.
+its weights count as half as many. Nor were other shapes of as many weights, and calls without a graph.
 
 In training, forward and backward, over the same (``--only training`` and, marked *, seen), gradients of weights exact
 or in 2:4 along tokens::
@@ -123,17 +124,24 @@ def few_tokens_pay(  # type: ignore[no-untyped-def]
     device, dtype, tokens, model_dim, hidden_dim, out_dim, in_fp8=False
 ) -> bool:
     """Whether few tokens run exactly, by the neurons that fire alone. Asks for tokens last: that installs a guard."""
-    each = 2 if in_fp8 else 1  # of weights in 16 bits
-    if model_dim % (64 * each) or hidden_dim % 64 or out_dim % (64 * each) or PHASE.dense:
-        return False
-    if cuda.why_not(device, dtype):
+    most = most_few_tokens(model_dim, hidden_dim, out_dim, in_fp8)
+    if not most or PHASE.dense or cuda.why_not(device, dtype):
         return False
     if device.type == "cuda" and _why_not_measured(device):
         return False
+    return 0 < tokens <= most
+
+
+def most_few_tokens(model_dim, hidden_dim, out_dim, in_fp8) -> int:  # type: ignore[no-untyped-def]
+    """Up to how many tokens an FFN of this size runs by the neurons that fire; 0 if it does not."""
+    each = 2 if in_fp8 else 1  # of weights in 16 bits
+    if model_dim == 0 or model_dim % (64 * each) or hidden_dim % 64 or out_dim % (64 * each):
+        return 0
+    if hidden_dim > plans.ACTIVE_HIDDEN_DIM:
+        return 0
     size = min(model_dim, out_dim) * hidden_dim // each
     most = max((tokens for least, tokens in FEW_TOKENS if size >= least), default=0)
-    fits = hidden_dim <= plans.ACTIVE_HIDDEN_DIM and plans.ACTIVE_X // model_dim
-    return 0 < tokens <= min(most, fits)
+    return min(most, plans.ACTIVE_X // model_dim)
 
 
 def why_not_fused(device, dtype, model_dim, hidden_dim) -> str:  # type: ignore[no-untyped-def]

@@ -7,12 +7,13 @@ The model is Hugging Face's Nemotron with the blocks of Minitron-8B (4096 x 1638
 and a small vocabulary), its weights random, so the text is noise. Biases of the up projections are such
 that as many activations are zero as in a trained model, naturally: how many is measured on the prompts, and stands in
 the result. ``generate`` is called as users call it, greedily, with a static cache, for which it compiles the model's
-forward with CUDA graphs; dense by Inductor, ours by ``backend="ao_act24"``, both of the same weights, which have a row
-for each neuron. Tokens a second are of whole calls, prompt included, in turn; whether both gave the same tokens stands
+forward with CUDA graphs; dense by Inductor, ours by ``backend="ao_act24"``, of the same weights, which for ours have a
+row for each neuron. Tokens a second are of whole calls, prompt included, in turn; whether both gave the same tokens stands
 beside them. Writes ``benchmarks/results/generate.json``.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, NemotronConfig, NemotronForCausalLM
 
 import ao_act24
+from ao_act24.kernels import cuda
 
 BATCHES = [1, 4]  # sequences at a time
 ROUNDS = 3
@@ -90,24 +92,28 @@ def generate(model: NemotronForCausalLM, ids: Tensor, size: Size, backend: str) 
 
 def measured(size: Size, device: str) -> list[dict[str, Any]]:
     model = model_of(size, device)
-    stored = ao_act24.neuron_major_(model)
+    ours = copy.deepcopy(model)
+    stored = ao_act24.neuron_major_(ours)
     assert stored == size.layers, stored
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
         ids = torch.randint(1, size.vocabulary, (batch, size.prompt), device=device)
         for percent in ZEROS:
-            set_zeros(model, percent)
+            for each in (model, ours):
+                set_zeros(each, percent)
             zeros = statistics.mean(layer.zeros for layer in ao_act24.measure(model, ids, use_cache=False).layers)
             seconds: dict[str, list[float]] = {}
             tokens: dict[str, Tensor] = {}
-            for backend in ("inductor", "ao_act24"):
+            for each, backend in ((model, "inductor"), (ours, "ao_act24")):
                 torch._dynamo.reset()
-                generate(model, ids, size, backend)
+                generate(each, ids, size, backend)
                 seconds[backend] = []
                 for _ in range(ROUNDS):
                     start = time.perf_counter()
-                    tokens[backend] = generate(model, ids, size, backend).cpu()
+                    tokens[backend] = generate(each, ids, size, backend).cpu()
                     seconds[backend].append(time.perf_counter() - start)
+            if device == "cuda" and not cuda.PLANS.active_ffn.cache_info().currsize:
+                raise RuntimeError("no FFN ran by the neurons that fire")
             same = (tokens["inductor"] == tokens["ao_act24"]).float().mean().item()
             for backend, took in seconds.items():
                 speed = batch * size.tokens / statistics.median(took)

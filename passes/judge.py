@@ -11,7 +11,7 @@ from ao_act24 import fp8
 from ao_act24.config import Act24Config
 from ao_act24.fp8 import HOW_TO_CONVERT, INFERENCE_ONLY, NOT_CONVERTED, is_fp8, why_not_by_rows
 from ao_act24.ops import DTYPES
-from ao_act24.when import why_dense
+from ao_act24.when import most_few_tokens, why_dense
 
 from .find import Site
 from .fuse import packs_itself, runs_active, why_apart
@@ -67,6 +67,10 @@ def judge(site: Site, config: Act24Config) -> str:
     in_rows = stored is None or (stored.t() if transposed else stored).is_contiguous()
     if stored is not None and not in_rows and not in_fp8 and not training:
         in_rows = (stored if transposed else stored.t()).is_contiguous()  # a row for each neuron
+    by_neurons = in_fp8 and stored is not None and stored.t().is_contiguous()
+    if by_neurons and not in_rows and like.is_cuda and not config.emulate:
+        most = most_few_tokens(model_dim, hidden_dim, model_dim, in_fp8)
+        return f"a weight in fp8 with a row for each neuron runs by neurons: up to {most} tokens here, got {tokens}"
     if like.is_cuda and not config.emulate and depends_on_data(tokens):
         return "the number of tokens depends on data: whether 2:4 is faster is not known before"
     size = (tokens, model_dim, hidden_dim, in_rows, training, training or packs_itself(site))

@@ -99,6 +99,11 @@ def test_few_tokens(dtype, eights, column_warps, fp8, tmp_path):
     assert sum("LDSM.16.MT88.4" in line for line in sass) == 4 + 1 and sum("ACQBULK" in line for line in sass) == 2
     assert sum("LDGSTS.E.BYPASS.128" in line for line in sass) >= 16, "past the registers, and past L1"
     assert any("F2FP.F16.E4M3.UNPACK_B" in line for line in sass) == bool(fp8)
+    # what the kernel before wrote is read after waiting for it, and not as if it never changed
+    assert not [line for line in sass if "LDG" in line and "CONSTANT" in line]
+    for wait in (i for i, line in enumerate(sass) if "ACQBULK" in line):
+        start = max((i for i, line in enumerate(sass[:wait]) if "NOP" in line), default=0)  # behind the other kernel
+        assert wait > start + 5 and not [line for line in sass[start:wait] if re.search(r"\bLDG(STS)?\b", line)]
 
 
 @pytest.mark.parametrize("dtype", plans.ELEMENTS)

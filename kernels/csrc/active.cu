@@ -3,7 +3,7 @@
 //
 // Two kernels. The first reads all of `up`, and leaves y and a bit for each neuron. Of the second each block counts the bits before
 // it, so that the neurons that fire are numbered in their order, and takes those of its number: a sum's parts do not depend on the
-// neurons that do not fire, nor on when a block runs. Blocks of a cluster take an eighth of them each, and add up what they have.
+// neurons that do not fire, nor on when a block runs. Blocks of a cluster take as many each, and add up what they have.
 //
 // In both each warp has a ring of stages in shared memory to itself, of 16 rows of 64 columns, into which it copies ahead: it waits for
 // no other warp, and enough is under way for the memory's latency. Of row r eight columns c lie where c ^ r % 8 would, so that eight
@@ -14,7 +14,10 @@
 // token; `down` is widened to f16, which holds both exactly, so that neurons, which lie in rows, can be multiplied in pairs.
 //
 // Compile-time: ELEMENT ("bf16" or "f16"); FP8 (0 or 1); EIGHTS of tokens; UP_STAGES, DOWN_STAGES: of a ring; COLUMN_WARPS: of a block
-// of the second kernel, side by side; PREFETCHED: elements times 8 neurons that the first kernel brings into L2 for the second.
+// of the second kernel, side by side; PREFETCHED: elements of `down` that a warp may bring into L2 for a sixteen of neurons.
+//
+// Each kernel may start before the one before it has ended. Until it has waited for that nothing is read, and nothing is told to be
+// constant (no __restrict__): what it reads may be being written.
 
 #include "fp8.cuh"
 
@@ -27,9 +30,8 @@ __device__ __forceinline__ u32 lies_at(int row, int eight) { return row * RUN * 
 // one after the other, of which a warp has every eighth 64 columns. With the first one it brings in what it needs of x, which stays.
 // What fires among the last, and the fewer fire the earlier, is brought into L2: between two kernels the memory would rest.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    active_relu2(const u16* __restrict__ x, const u16* __restrict__ up, const u16* __restrict__ bias, const u16* down,
-                 const float* __restrict__ x_scale, const float* __restrict__ up_scale, u16* __restrict__ y, u8* __restrict__ active,
-                 u32* __restrict__ largest, int tokens, int model_dim, int sixteens, int out_dim) {
+    active_relu2(const u16* x, const u16* up, const u16* bias, const u16* down, const float* x_scale, const float* up_scale, u16* y,
+                 u8* active, u32* largest, int tokens, int model_dim, int sixteens, int out_dim) {
   constexpr int STEP = RUN * WARPS;
   extern __shared__ __align__(128) u8 shared[];  // rings, and x [T, D], its rows 16 bytes longer
   __shared__ float parts[2][WARPS][ROWS][PADDED];
@@ -148,8 +150,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
 // A cluster has 64 COLUMN_WARPS elements of a row, a warp 64 of them and every TURNS-th sixteen of its block's neurons.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    active_mm(const u16* __restrict__ y, const u32* __restrict__ active, const u16* __restrict__ largest,
-              const u16* __restrict__ down, const float* __restrict__ down_scale, const u16* __restrict__ bias, u16* __restrict__ out,
+    active_mm(const u16* y, const u32* active, const u16* largest, const u16* down, const float* down_scale, const u16* bias, u16* out,
               int tokens, int hidden_dim, int out_dim, int first_blocks) {
   constexpr int EACH = FP8 ? 2 : 1, COLUMNS = RUN * COLUMN_WARPS * EACH, TILES = RUN / 16 * EACH;
   constexpr int TURNS = WARPS / COLUMN_WARPS, SUMS = COLUMNS + 4;
