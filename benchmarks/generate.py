@@ -8,8 +8,8 @@ and a small vocabulary), its weights random, so the text is noise. Biases of the
 that as many activations are zero as in a trained model, naturally: how many is measured on the prompts, and stands in
 the result. ``generate`` is called as users call it, greedily, with a static cache, for which it compiles the model's
 forward with CUDA graphs; dense by Inductor, ours by ``backend="ao_act24"``, of the same weights, which for ours have a
-row for each neuron. Tokens a second are of whole calls, prompt included, in turn; whether both gave the same tokens stands
-beside them. Writes ``benchmarks/results/generate.json``.
+row for each neuron. Tokens a second are of whole calls, prompt included, in turn; whether both gave the same tokens
+stands beside them. Writes ``benchmarks/results/generate.json``.
 """
 
 import argparse
