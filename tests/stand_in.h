@@ -1,4 +1,5 @@
-// Stands in for ptx.cuh, so that kernels without wgmma run on a CPU: a thread for each of a block's, bf16; a cluster is one block.
+// Stands in for ptx.cuh, so that kernels without wgmma run on a CPU: a thread for each of a block's, bf16; the blocks of
+// a cluster at a time.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +24,9 @@ struct Index {
 };
 inline thread_local Index threadIdx, blockIdx;
 inline Index gridDim, blockDim{256, 1};
-inline std::barrier<>* block_barrier;
+inline thread_local int rank_here;  // of the block in its cluster
+inline int blocks_of_cluster;
+inline std::barrier<>*block_barriers[8], *cluster_barrier;
 
 #define __device__
 #define __global__
@@ -50,7 +53,7 @@ using std::max;
 using std::min;
 
 inline void __trap() { abort(); }
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline void __syncthreads() { block_barriers[rank_here]->arrive_and_wait(); }
 template <class Function>
 u32 by_halves(u32 a, u32 b, Function function) {
   return function(a & 0xFFFF, b & 0xFFFF) | function(a >> 16, b >> 16) << 16;
@@ -58,9 +61,10 @@ u32 by_halves(u32 a, u32 b, Function function) {
 inline u32 __vmaxu2(u32 a, u32 b) { return by_halves(a, b, [](u32 x, u32 y) { return std::max(x, y); }); }
 inline u32 __vminu2(u32 a, u32 b) { return by_halves(a, b, [](u32 x, u32 y) { return std::min(x, y); }); }
 
-inline int of_block[256];
+inline int of_blocks[8][256];
 template <int N>
 void block_sums(int (&values)[N]) {
+  int* of_block = of_blocks[rank_here];
   for (int& value : values) {
     of_block[threadIdx.x] = value;
     __syncthreads();
@@ -69,6 +73,7 @@ void block_sums(int (&values)[N]) {
   }
 }
 inline int block_before(int& value) {
+  int* of_block = of_blocks[rank_here];
   of_block[threadIdx.x] = value;
   __syncthreads();
   const int before = std::accumulate(of_block, of_block + threadIdx.x, 0);
@@ -77,6 +82,7 @@ inline int block_before(int& value) {
   return before;
 }
 inline u32 block_max2(u32 value) {
+  int(&of_block)[256] = of_blocks[rank_here];
   of_block[threadIdx.x] = (int)value;
   __syncthreads();
   value = 0;
@@ -156,14 +162,15 @@ struct Warp {
   std::barrier<> barrier{32};
   const void* shown[32];
 };
-inline Warp warps[8];
+inline Warp warps[8][8];
 
-inline void __syncwarp() { warps[threadIdx.x / 32].barrier.arrive_and_wait(); }
+inline Warp& this_warp() { return warps[rank_here][threadIdx.x / 32]; }
+inline void __syncwarp() { this_warp().barrier.arrive_and_wait(); }
 
 // What `make` makes of what all of them show.
 template <class T, class Make>
 auto of_warp(const T& mine, Make make) {
-  Warp& warp = warps[threadIdx.x / 32];
+  Warp& warp = this_warp();
   warp.shown[threadIdx.x % 32] = &mine;
   __syncwarp();
   const auto found = make([&](int lane) -> const T& { return *(const T*)warp.shown[lane]; });
@@ -188,16 +195,17 @@ inline int __ffs(u32 word) { return __builtin_ffs((int)word); }
 
 // --- shared memory that is addressed; copies that come when they are waited for
 
-alignas(128) inline u8 arena[228 << 10];
+alignas(128) inline u8 arenas[8][228 << 10];
+#define arena arenas[rank_here]
 inline u32 shared_address(const void* pointer) { return (u32)((const u8*)pointer - arena); }
-inline float load_remote(u32 shared, u32) {
+inline float load_remote(u32 shared, u32 block) {
   float value;
-  memcpy(&value, arena + shared, 4);
+  memcpy(&value, arenas[block] + shared, 4);
   return value;
 }
-inline u32 cluster_rank() { return 0; }
-inline u32 cluster_size() { return 1; }
-inline void cluster_sync() { __syncthreads(); }
+inline u32 cluster_rank() { return rank_here; }
+inline u32 cluster_size() { return blocks_of_cluster; }
+inline void cluster_sync() { cluster_barrier->arrive_and_wait(); }
 inline void launch_next() {}
 inline void wait_for_previous() {}
 inline void prefetch(const void* pointer) { (void)*(volatile const u8*)pointer; }
@@ -285,23 +293,29 @@ inline void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply
 inline void mma_e4m3(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply<1>(d, a, b0, b1, from_e4m3); }
 inline u32 pack_floats(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
-// Blocks one after another, the threads of each at a time.
+// Clusters one after another, the threads of each at a time.
 template <class Kernel, class... Arguments>
-void launch(Kernel kernel, int x, int y, Arguments... arguments) {
-  gridDim = {x, y};
-  std::barrier<> barrier(256);
-  block_barrier = &barrier;
+void launch_clusters(Kernel kernel, int size, int x, int y, Arguments... arguments) {
+  gridDim = {x, y}, blocks_of_cluster = size;
+  std::barrier<> all(256 * size);
+  cluster_barrier = &all;
+  std::deque<std::barrier<>> of_each;
+  for (int rank = 0; rank < size; ++rank) block_barriers[rank] = &of_each.emplace_back(256);
   std::vector<std::thread> threads;
-  for (int thread = 0; thread < 256; ++thread) {
-    threads.emplace_back([=, &barrier] {
-      threadIdx = {thread, 0};
+  for (int thread = 0; thread < 256 * size; ++thread) {
+    threads.emplace_back([=, &all] {
+      threadIdx = {thread % 256, 0}, rank_here = thread / 256;
       for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y) {
-        for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
+        for (blockIdx.x = rank_here; blockIdx.x < x; blockIdx.x += size) {
           kernel(arguments...);
-          barrier.arrive_and_wait();
+          all.arrive_and_wait();
         }
       }
     });
   }
   for (auto& thread : threads) thread.join();
+}
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, int x, int y, Arguments... arguments) {
+  launch_clusters(kernel, 1, x, y, arguments...);
 }

@@ -77,16 +77,17 @@ namespace active_{fp8}_{eights}_{column_warps} {{
 extern "C" void run_active_{fp8}_{eights}_{column_warps}(
     const u16* x, const u16* up, const u16* up_bias, const u16* down, const u16* down_bias, const float* x_scale,
     const float* up_scale, const float* down_scale, u16* y, u8* active, u32* largest, u16* out, i64 tokens,
-    i64 model_dim, i64 hidden_dim, i64 out_dim, i64 blocks) {{
+    i64 model_dim, i64 hidden_dim, i64 out_dim, i64 blocks, i64 cluster) {{
   using namespace active_{fp8}_{eights}_{column_warps};
   launch(active_relu2, blocks, 1, x, up, up_bias, down, x_scale, up_scale, y, active, largest, tokens, model_dim,
          hidden_dim / 16, out_dim);
-  launch(active_mm, (out_dim + 64 * {column_warps} - 1) / (64 * {column_warps}), 1, y, (const u32*)active,
-         (const u16*)largest, down, down_scale, down_bias, out, tokens, hidden_dim, out_dim, blocks);
+  const i64 clusters = (out_dim + 64 * {column_warps} - 1) / (64 * {column_warps});
+  launch_clusters(active_mm, cluster, cluster * clusters, 1, y, (const u32*)active, (const u16*)largest, down,
+                  down_scale, down_bias, out, tokens, hidden_dim, out_dim, blocks);
 }}
 """
     for fp8 in (0, 1)
-    for eights, column_warps in ((1, 1), (2, 8))
+    for eights, column_warps in ((1, 1), (1, 8), (2, 1), (2, 8))
 )
 
 
@@ -231,12 +232,13 @@ def test_the_densest(most, features, chosen, host):
     assert torch.equal(got[0], index) and torch.equal(got[1], slots)
 
 
-FEW = [  # tokens, D, H, D', and blocks of the first kernel
-    (1, 64, 64, 64, 4),
-    (3, 576, 192, 192, 5),
-    (8, 1088, 64, 128, 3),
-    (9, 128, 320, 576, 7),
-    (16, 64, 1152, 64, 2),
+FEW = [  # tokens, D, H, D', blocks of the first kernel, of a cluster of the second, and warps side by side
+    (1, 64, 64, 64, 4, 1, 1),
+    (3, 576, 192, 192, 5, 2, 1),
+    (8, 1088, 64, 128, 3, 3, 8),
+    (9, 128, 320, 576, 7, 1, 8),
+    (16, 64, 1152, 64, 2, 3, 1),
+    (2, 64, 128, 64, 1, 5, 8),
 ]
 
 
@@ -249,13 +251,12 @@ def few_operands(tokens, model_dim, hidden_dim, out_dim):
     return x, up, down, up_bias, down_bias
 
 
-def run_few(host, fp8, arguments, tokens, model_dim, hidden_dim, out_dim, blocks):
+def run_few(host, fp8, arguments, tokens, model_dim, hidden_dim, out_dim, blocks, cluster, column_warps):
     each = 1 + fp8
     between = torch.full((hidden_dim, -(-tokens // 8) * 8), 7, dtype=torch.int16), torch.zeros(hidden_dim // 8).byte()
     largest, out = torch.zeros(blocks, between[0].shape[1]).to(torch.int16), torch.full((tokens, out_dim), 7).to(BF16)
-    sizes = tokens, model_dim // each, hidden_dim, out_dim // each, blocks
-    warps = "1_1" if tokens <= 8 else "2_8"
-    host(f"run_active_{fp8}_{warps}", *arguments, *between, largest, out, *sizes)
+    sizes = tokens, model_dim // each, hidden_dim, out_dim // each, blocks, cluster
+    host(f"run_active_{fp8}_{-(-tokens // 8)}_{column_warps}", *arguments, *between, largest, out, *sizes)
     return out
 
 
@@ -271,8 +272,9 @@ def test_few_tokens(sizes, bias, host):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("tokens", "model_dim", "hidden_dim", "out_dim", "blocks"), FEW)
-def test_few_tokens_in_fp8(tokens, model_dim, hidden_dim, out_dim, blocks, bias, host):
+@pytest.mark.parametrize("sizes", FEW, ids=str)
+def test_few_tokens_in_fp8(sizes, bias, host):
+    tokens, model_dim, hidden_dim, out_dim, *how = sizes
     sizes = tokens, 2 * model_dim, hidden_dim, 2 * out_dim
     x, up, down, *biases = few_operands(*sizes)
     biases = [b.to(BF16) if bias else None for b in biases]
@@ -283,23 +285,28 @@ def test_few_tokens_in_fp8(tokens, model_dim, hidden_dim, out_dim, blocks, bias,
     ]
     if bias:
         scales[0].fill_(1)
-    got = run_few(host, 1, (x, up, biases[0], down, biases[1], *scales), *sizes, blocks)
+    got = run_few(host, 1, (x, up, biases[0], down, biases[1], *scales), *sizes, *how)
     want = reference.active_ffn_fp8(x, scales[0], up, scales[1], biases[0], down.t(), scales[2], biases[1], BF16)
     assert same_bits(got, want) and want.any()
 
 
-def test_few_tokens_read_no_silent_neuron(host):
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_few_tokens_read_no_silent_neuron(cluster, host):
     """Nor does it change a bit of the others' sums where it stands. A sixteen that is not whole has zeros besides."""
     sizes = 3, 64, 128, 64
     x, up, down, up_bias, down_bias = (t.to(BF16) for t in few_operands(*sizes))
     fire = torch.arange(1, 118, 2)
     up_bias.fill_(-1000)[fire] = 3
     down.fill_(NAN)[fire] = torch.randn(59, 64).to(BF16)
-    got = run_few(host, 0, (x, up, up_bias, down, down_bias, None, None, None), *sizes, 3)
+    got = run_few(host, 0, (x, up, up_bias, down, down_bias, None, None, None), *sizes, 3, cluster, 1)
     wider = [torch.full(size, value).to(BF16) for size, value in (((256, 64), 0.0), ((256, 64), NAN), ((256,), -9.0))]
     for wide, tensor in zip(wider, (up, down, up_bias)):
         wide[fire + 64 * (fire > 30)] = tensor[fire]
-    wide = run_few(host, 0, (x, wider[0], wider[2], wider[1], down_bias, None, None, None), 3, 64, 256, 64, 3)
+    wide = run_few(
+        host, 0, (x, wider[0], wider[2], wider[1], down_bias, None, None, None), 3, 64, 256, 64, 3, cluster, 1
+    )
     assert same_bits(got, wide) and got.isfinite().all()
-    silent = run_few(host, 0, (x, up, torch.full_like(up_bias, -1000), down, down_bias, None, None, None), *sizes, 3)
+    silent = run_few(
+        host, 0, (x, up, torch.full_like(up_bias, -1000), down, down_bias, None, None, None), *sizes, 3, cluster, 1
+    )
     assert same_bits(silent, down_bias.expand(3, -1))
