@@ -53,8 +53,8 @@ class Size:
     heads: int = 16
     context: int = 1024
     batch: int = 16
-    steps: int = 2500
-    warmup: int = 500
+    steps: int = 2000
+    warmup: int = 400
     every: int = 125  # steps between two looks
     megabytes: int = 200  # of text at most
     lr: float = 6e-4
