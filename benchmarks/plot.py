@@ -43,8 +43,16 @@ def speed(result: dict[str, Any]) -> Figure:
 def tokens(result: dict[str, Any]) -> Figure:
     """The FFN over dense by number of tokens: what the rule chooses, and 2:4 always; as called, and in a CUDA graph."""
     measured = rows(result, "tokens")
-    sizes = sorted({shape[1:] for shape in measured})
-    figure, panels = plt.subplots(2, len(sizes), figsize=(1 + 3.2 * len(sizes), 6), squeeze=False, sharey="row")
+    sizes = sorted({shape[1:] for shape in measured if sum(other[1:] == shape[1:] for other in measured) > 2})
+    figure, panels = plt.subplots(
+        2,
+        max(len(sizes), 1),
+        figsize=(1 + 2.3 * max(len(sizes), 1), 5),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+    )
     for column, (model_dim, hidden_dim) in enumerate(sizes):
         at = sorted(shape for shape in measured if shape[1:] == (model_dim, hidden_dim))
         for panel, how in zip(panels[:, column], ("", " graph")):
@@ -55,14 +63,15 @@ def tokens(result: dict[str, Any]) -> Figure:
             panel.axhline(1, color=AIM_COLOUR, linewidth=0.8)
             panel.hlines(LEAST_FEW, 1, MOST_TOKENS, color=REQUIRED_COLOUR, linewidth=0.8, label="required")
             panel.set_xscale("log", base=2)
+            panel.set_xticks([1, 16, 256, 4096])
             panel.xaxis.set_major_formatter("{x:g}")
-            finish(panel, f"{model_dim} × {hidden_dim}" + (", CUDA graph" if how else ""), "")
-            if (column, how) != (0, ""):
-                panel.get_legend().remove()
-    for panel in panels[:, 0]:
-        panel.set_ylabel("times as fast as dense")
+            finish(panel, "" if how else f"{model_dim} × {hidden_dim}", "")
+            panel.get_legend().remove()
+    for panel, how in zip(panels[:, 0], ("", "\nin a CUDA graph")):
+        panel.set_ylabel(f"times as fast as dense{how}")
     for panel in panels[1]:
         panel.set_xlabel("tokens")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -128,7 +137,8 @@ def main(path: Path) -> list[Path]:
     for name, draw in (("speed", speed), ("tokens", tokens), ("zeros", zeros)):
         if needs[name]:
             figure = draw(result)
-            figure.tight_layout()
+            if figure.get_layout_engine() is None:
+                figure.tight_layout()
             written.append(path.with_name(f"{path.stem}-{name}.png"))
             figure.savefig(written[-1], dpi=150)
             plt.close(figure)
