@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import AIM, FFN_SHAPES, LEAST_FEW, MATMUL_SHAPES, MOST_TOKENS, REQUIRED, Shape, best, ratio, rows
 
-COLOURS = ("#0b6e4f", "#d0782a")
+COLOURS = ("#0b6e4f", "#d0782a", "#1d4e89", "#7a5195")
 REQUIRED_COLOUR, AIM_COLOUR = "#c1121f", "#6c757d"
+ZEROS = [50, 85, 90, 95, 97]
 Bars = Mapping[str, Sequence[float | None]]
 
 
@@ -90,6 +91,32 @@ def zeros(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def few(result: dict[str, Any]) -> Figure:
+    """Few tokens over dense, by the share of zeros, each token's its own."""
+    measured = {zeros: rows(result, "decode", zeros) for zeros in ZEROS}
+    sizes = sorted({shape[1:] for shape in measured[ZEROS[1]]})
+    figure, panels = plt.subplots(1, max(len(sizes), 1), figsize=(1 + 4.5 * max(len(sizes), 1), 4), squeeze=False)
+    for panel, size in zip(panels[0], sizes):
+        for colour, tokens in zip(COLOURS, (1, 2, 4, 8)):
+            over = []
+            for zeros in ZEROS:
+                timed = measured[zeros].get((tokens, *size), {})
+                dense = min((timed[name] for name in ("cuBLAS", "dense") if name in timed), key=_median, default=None)
+                over.append(dense and ratio(timed, dense["what"], "few"))
+            panel.plot(
+                ZEROS, over, marker="o", markersize=4, color=colour, label=f"{tokens} token" + "s" * (tokens > 1)
+            )
+        panel.axhline(1, color=AIM_COLOUR, linewidth=0.8)
+        panel.set_xticks(ZEROS)
+        panel.set_xlabel("% zeros")
+        finish(panel, f"{size[0]} × {size[1]}", "times as fast as dense")
+    return figure
+
+
+def _median(row: Mapping[str, Any]) -> float:
+    return float(row["median"])
+
+
 def labels(shapes: Sequence[Shape]) -> list[str]:
     return [f"{tokens} tokens\n{model_dim} × {hidden_dim}" for tokens, model_dim, hidden_dim in shapes]
 
@@ -132,9 +159,9 @@ def main(path: Path) -> list[Path]:
     """Each picture of which something was measured."""
     result = json.loads(path.read_text())
     needs = {"speed": rows(result, "kernels") and rows(result, "ffn"), "tokens": rows(result, "tokens")}
-    needs["zeros"] = rows(result, "kernels", 50)
+    needs["zeros"], needs["few"] = rows(result, "kernels", 50), rows(result, "decode", ZEROS[1])
     written = []
-    for name, draw in (("speed", speed), ("tokens", tokens), ("zeros", zeros)):
+    for name, draw in (("speed", speed), ("tokens", tokens), ("zeros", zeros), ("few", few)):
         if needs[name]:
             figure = draw(result)
             if figure.get_layout_engine() is None:

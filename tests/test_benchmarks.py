@@ -137,6 +137,18 @@ def test_few_tokens_by_the_neurons_that_fire():
     assert [row["reached"] for row in found] == [pytest.approx(2.0), pytest.approx(0.8)]
 
 
+def test_few_tokens_are_drawn_by_zeros():
+    decode = []
+    for zeros, took in zip(plot.ZEROS, (0.2, 0.16, 0.15, 0.125, 0.12)):
+        decode += timed((1, 8192, 32768), zeros, cuBLAS=0.26, dense=0.25, few=took)
+        decode += timed((8, 8192, 32768), zeros, cuBLAS=0.25, dense=0.3, few=0.25)
+    decode += timed((1, 2048, 8192), 95, cuBLAS=0.26, dense=0.25, few=0.1)  # not measured at all of them
+    (panel,) = plot.few({"decode": {"rows": decode}}).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+    assert panel.get_title() == "8192 × 32768" and drawn["1 token"][3] == pytest.approx(2)
+    assert drawn["8 tokens"] == [1] * 5 and drawn["2 tokens"] == [None] * 5
+
+
 def test_few_tokens_over_the_faster_dense_mode():
     """In fp16 apart."""
     start = (1024, 4096, 16384)
