@@ -239,6 +239,7 @@ FEW = [  # tokens, D, H, D', blocks of the first kernel, of a cluster of the sec
     (9, 128, 320, 576, 7, 1, 8),
     (16, 64, 1152, 64, 2, 3, 1),
     (2, 64, 128, 64, 1, 5, 8),
+    (1, 64, 16448, 64, 8, 2, 1),  # more than a word of bits for a thread
 ]
 
 

@@ -148,6 +148,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
 }
 
+constexpr int MOST_WORDS = (1 << 16) / 32 / (32 * WARPS);  // of bits, that a thread has: of 65536 neurons
+
 // A cluster has 64 COLUMN_WARPS elements of a row, a warp 64 of them and every TURNS-th sixteen of its block's neurons.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     active_mm(const u16* y, const u32* active, const u16* largest, const u16* down, const float* down_scale, const u16* bias, u16* out,
@@ -163,16 +165,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = cluster_rank(), blocks = cluster_size();
   launch_next();
   wait_for_previous();
-  const int words = hidden_dim / 32, each = (words + 32 * WARPS - 1) / (32 * WARPS);
-  const int begin = min((int)threadIdx.x * each, words), end = min(begin + each, words);
+  const int words = hidden_dim / 32, each = (words + 32 * WARPS - 1) / (32 * WARPS), begin = (int)threadIdx.x * each;
+  u32 fire[MOST_WORDS];
   int total = 0;
-  for (int i = begin; i < end; ++i) total += __popc(active[i]);
+#pragma unroll
+  for (int i = 0; i < MOST_WORDS; ++i) {
+    fire[i] = i < each && begin + i < words ? active[begin + i] : 0;
+    total += __popc(fire[i]);
+  }
   int number = block_before(total);  // of this thread's first one that fires
   const int part = (total + blocks * ROWS - 1) / (blocks * ROWS) * ROWS;
   const int low = min(rank * part, total), count = min(part, total - low);
-  for (int i = begin; i < end; ++i) {
-    for (u32 bits = active[i]; bits != 0; bits &= bits - 1, ++number) {
-      if (number >= low && number < low + count) list[number - low] = (u16)(32 * i + __ffs(bits) - 1);
+#pragma unroll
+  for (int i = 0; i < MOST_WORDS; ++i) {
+    for (u32 bits = fire[i]; bits != 0; bits &= bits - 1, ++number) {
+      if (number >= low && number < low + count) list[number - low] = (u16)(32 * (begin + i) + __ffs(bits) - 1);
     }
   }
   __shared__ float scales[PADDED];
