@@ -1,6 +1,6 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 27 minutes (estimated)
+    python benchmarks/hopper.py                  the whole table and its plots: some 30 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
     python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, fp8, decode
 
@@ -68,13 +68,7 @@ OUTSIDE_FP16 = [(1168, 4608, 18432), (1488, 2048, 8192)]  # all else is bf16
 TWO_STEPS = [(8192, 4096, 16384), (4096, 2048, 8192), (1600, 4096, 16384), (1152, 4096, 16384)]  # also not fused
 DECODE_SIZES = [(4096, 16384), (8192, 32768)]
 DECODE_TOKENS = [1, 2, 4, 8, 16, 32, 64]
-DECODE_OTHERS = [
-    (1024, 4096),
-    (2048, 8192),
-    (3072, 12288),
-    (5120, 20480),
-    (6144, 24576),
-]  # at 50 and 95 % zeros, for the rule
+DECODE_OTHERS = [(1024, 4096), (2048, 8192), (3072, 12288), (5120, 20480), (6144, 24576)]  # for the rule
 NOT_IN_L2 = 150 << 20  # bytes
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
 TUNED = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
@@ -105,13 +99,16 @@ def compiled(ffn: FFN, x: Tensor, **variants: dict[str, Any]) -> Runs:
     """The FFN compiled in each way, each with code of its own: Dynamo keeps in one list all that it made of one."""
     runs: Runs = {}
     for name, how in variants.items():
-        alone = copy.copy(ffn)  # its parameters are the same
-        forward = types.FunctionType(FFN.forward.__code__.replace(), globals())
-        alone.__class__ = type("FFN", (FFN,), {"forward": forward})
-        model = torch.compile(alone, fullgraph=True, dynamic=False, **how)
+        copied = copy.copy(ffn)  # its parameters are the same
+        copied.__class__ = type("FFN", (FFN,), {"forward": with_own_code(FFN.forward)})
+        model = torch.compile(copied, fullgraph=True, dynamic=False, **how)
         model(x)
         runs[name] = functools.partial(model, x)
     return runs
+
+
+def with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return types.FunctionType(function.__code__.replace(), globals())
 
 
 def cusparselt(
@@ -213,10 +210,9 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         matmuls["first matmul, _scaled_mm"] = functools.partial(torch._scaled_mm, x8, up.t(), **first)
         operands = x8, x_scale, up, up_scale, ffn.up.bias, torch.bfloat16
         matmuls["first matmul, packing"] = functools.partial(cuda.linear_relu2_sparsify_fp8, *operands)
-        first_want = reference.linear_relu2_sparsify_fp8(*(t[:512] if t is x8 or t is x_scale else t for t in operands))
-        first_got = cuda.linear_relu2_sparsify_fp8(*operands)
-        halves = [reference.unpack(found[0][:512].float(), found[1][:512]) for found in (first_got, first_want)]
-        check("linear_relu2_sparsify_fp8", *halves)
+        few_rows = x8[:512], x_scale[:512], *operands[2:]
+        both = [each.linear_relu2_sparsify_fp8(*few_rows) for each in (cuda, reference)]
+        check("linear_relu2_sparsify_fp8", *(reference.unpack(each[0].float(), each[1]) for each in both))
         theirs: Runs = {}
         if torch.backends.cusparselt.is_available():
             found = cusparselt(pruned.to(w.dtype), w, torch.bfloat16)
@@ -358,8 +354,9 @@ def decode(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         ours = [(up, up_bias, down.t().contiguous().t(), bias) for up, up_bias, down, bias in plain]
         for tokens in numbers:
             x = torch.empty(tokens, size[0], device="cuda", dtype=torch.bfloat16)
-            made = {"cuBLAS": (ffn_of, plain), "dense": (alone(ffn_of), plain)}
-            made["few"] = alone(ffn_of, backend="ao_act24"), ours
+            made: dict[str, tuple[Callable[..., Tensor], list[tuple[Tensor, ...]]]] = {"cuBLAS": (ffn_of, plain)}
+            for name, weights, how in (("dense", plain, {}), ("few", ours, {"backend": "ao_act24"})):
+                made[name] = torch.compile(with_own_code(ffn_of), fullgraph=True, dynamic=False, **how), weights
             if tokens <= plans.ACTIVE_TOKENS:
                 made["by neurons"] = ops.active_ffn, ours
             with warnings.catch_warnings():
@@ -410,12 +407,6 @@ def decode_fp8(shape: Shape) -> Iterator[list[Row]]:
 
 def ffn_of(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, bias: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(x, up, up_bias)).square(), down, bias)
-
-
-def alone(function: Callable[..., Tensor], **how: Any) -> Callable[..., Tensor]:
-    """``function`` compiled, with code of its own: Dynamo keeps in one list all that it made of one."""
-    own = types.FunctionType(function.__code__.replace(), globals())
-    return torch.compile(own, fullgraph=True, dynamic=False, **how)
 
 
 def each_of(runs: list[Callable[[], object]]) -> None:

@@ -75,11 +75,16 @@ def active_ffn_fp8(
     ``x [..., D]``, ``x_scale [...]``, ``up [H, D]``, ``up_scale [H]``, ``down [D, H]``, ``down_scale [D]``; scales are
     fp32, biases and the result of ``dtype``, which ``h`` is rounded to.
     """
-    h = x.float() @ up.float().t() * x_scale.unsqueeze(-1) * up_scale
-    relu = (h if up_bias is None else h + up_bias.float()).to(dtype).clamp_min(0)
-    scaled, row_scale = scale_to_e4m3(relu.float().square())
-    out = torch.nn.functional.linear(scaled.float(), down.float()) * row_scale.unsqueeze(-1) * down_scale
-    return (out if down_bias is None else out + down_bias.float()).to(dtype)
+    relu = scaled_linear(x, x_scale, up, up_scale, up_bias, dtype).clamp_min(0)
+    return scaled_linear(*scale_to_e4m3(relu.float().square()), down, down_scale, down_bias, dtype)
+
+
+def scaled_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``x_scale * (x @ weight.T) * weight_scale + bias`` of e4m3, or of what fp32 holds, rounded once to ``dtype``."""
+    out = torch.nn.functional.linear(x.float(), weight.float()) * x_scale.unsqueeze(-1) * weight_scale
+    return (out if bias is None else out + bias.float()).to(dtype)
 
 
 def scale_to_e4m3(squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,8 +120,7 @@ def linear_relu2_sparsify_fp8(
 
     ``x [..., D]`` and ``weight [H, D]`` are e4m3, ``x_scale [...]`` and ``weight_scale [H]`` fp32.
     """
-    h = x.float() @ weight.float().t() * x_scale.unsqueeze(-1) * weight_scale
-    return relu2_sparsify_fp8((h if bias is None else h + bias.float()).to(dtype))
+    return relu2_sparsify_fp8(scaled_linear(x, x_scale, weight, weight_scale, bias, dtype))
 
 
 def sparsify(dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,9 +169,7 @@ def sparse_mm_fp8(
     ``packed`` and ``weight [D, H]`` are e4m3, ``row_scale`` has the shape of ``packed`` without its last dimension,
     ``weight_scale`` is ``[D]``, both fp32, ``bias [D]`` of ``dtype``. Accumulated in fp32.
     """
-    dense = unpack(packed.float(), metadata)
-    out = torch.nn.functional.linear(dense, weight.float()) * row_scale.unsqueeze(-1) * weight_scale
-    return (out if bias is None else out + bias.float()).to(dtype)
+    return scaled_linear(unpack(packed.float(), metadata), row_scale, weight, weight_scale, bias, dtype)
 
 
 def sampled_mm(grad: Tensor, weight: Tensor, metadata: Tensor) -> Tensor:

@@ -93,16 +93,13 @@ def _fuse_in_fp8(three: Node, up: Linear) -> None:
 
 
 def _takes_fp8(up: Linear) -> bool:
-    """Whether the first matmul's weight is in fp8, as our kernel takes it."""
-    weight = value(up.weight)
-    return is_fp8(weight) and not up.transposed and not why_not_by_rows(weight) and _has_fp8_kernel(up)
-
-
-def _has_fp8_kernel(up: Linear) -> bool:
-    x, h, bias = value(up.input), value(up.node), value(up.bias)
+    """Whether the first matmul's weight is in fp8, and there is a kernel for it."""
+    x, h, bias, weight = (value(operand) for operand in (up.input, up.node, up.bias, up.weight))
+    if not is_fp8(weight) or up.transposed or why_not_by_rows(weight):
+        return False
     if x is None or h is None or not _alike(up.node, up.input) or x.dtype != h.dtype:
         return False
-    if not value(up.weight).qdata.is_contiguous():  # it would be copied at each call
+    if not weight.qdata.is_contiguous():  # it would be copied at each call
         return False
     if up.bias is not None and not (_alike(up.node, up.bias) and bias.dtype == h.dtype and bias.ndim == 1):
         return False

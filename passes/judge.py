@@ -63,16 +63,17 @@ def judge(site: Site, config: Act24Config) -> str:
     if not grad and not config.emulate and runs_active(site):
         site.few = True
         return ""
-    stored = weight.qdata if is_fp8(weight) else None if in_fp8 else weight  # converted, it will lie in rows
-    in_rows = stored is None or (stored.t() if transposed else stored).is_contiguous()
-    if stored is not None and not in_rows and not in_fp8 and not training:
-        in_rows = (stored if transposed else stored.t()).is_contiguous()  # a row for each neuron
-    by_neurons = in_fp8 and stored is not None and stored.t().is_contiguous()
-    if by_neurons and not in_rows and like.is_cuda and not config.emulate:
+    in_rows, by_neurons = True, False  # converted to fp8, it will lie in rows
+    if weight is not None and is_fp8(weight) == in_fp8:
+        stored = weight.qdata if in_fp8 else weight
+        rows = stored.t() if transposed else stored
+        in_rows, by_neurons = rows.is_contiguous(), rows.t().is_contiguous()
+    if in_fp8 and by_neurons and not in_rows and like.is_cuda and not config.emulate:
         most = most_few_tokens(model_dim, hidden_dim, model_dim, in_fp8)
         return f"a weight in fp8 with a row for each neuron runs by neurons: up to {most} tokens here, got {tokens}"
     if like.is_cuda and not config.emulate and depends_on_data(tokens):
         return "the number of tokens depends on data: whether 2:4 is faster is not known before"
+    in_rows = in_rows or (by_neurons and not in_fp8 and not training)
     size = (tokens, model_dim, hidden_dim, in_rows, training, training or packs_itself(site))
     if reason := next(filter(None, (why_dense(like.device, dtype, *size, config) for dtype in dtypes)), ""):
         return reason

@@ -1,5 +1,7 @@
 """What the tests of the kernels on a Hopper GPU share."""
 
+import threading
+
 import pytest
 import torch
 
@@ -8,6 +10,25 @@ from ao_act24.kernels import cuda, plans, schedule
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 DTYPES = list(plans.ELEMENTS)
+
+
+def in_threads(run, every, times):
+    """``run(*each)`` so many times, each of ``every`` in a thread and on a stream of its own; the results of each."""
+    torch.cuda.synchronize()
+    got = [[] for _ in every]
+
+    def on_a_stream(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got[number] += [run(*every[number]) for _ in range(times)]
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=on_a_stream, args=(number,)) for number in range(len(every))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(results) == times for results in got)
+    return got
 
 
 def random(*shape, dtype=torch.bfloat16):

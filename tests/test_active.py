@@ -109,15 +109,6 @@ def test_a_larger_shape_strided_input_and_other_layouts():
     torch.testing.assert_close(dense, want, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
-def test_every_output_is_written_and_nothing_else(tokens, monkeypatch):
-    arguments = whole(tokens, (192, 8256, 320))
-    want = reference.active_ffn(*arguments)
-    guards = poison(monkeypatch)
-    assert torch.equal(cuda.active_ffn(*arguments), want)
-    assert len(guards) == 4 and untouched(guards)
-
-
 @pytest.mark.parametrize("tokens", [1, 5, 16])
 def test_the_same_bits_every_time_and_in_a_graph(tokens):
     arguments = operands(tokens, (1024, 8192, 1024))
@@ -151,6 +142,16 @@ def whole_fp8(tokens, sizes, dtype=torch.bfloat16):
     x, up, by_neurons = (tensor.to(torch.float8_e4m3fn) for tensor in (x, up, down.t()))
     up_bias = torch.zeros(sizes[1], device="cuda", dtype=dtype)
     return x, x_scale, up, up_scale, up_bias, by_neurons.t(), down_scale, down_bias, dtype
+
+
+@pytest.mark.parametrize(("name", "made"), [("active_ffn", whole), ("active_ffn_fp8", whole_fp8)])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_every_output_is_written_and_nothing_else(tokens, name, made, monkeypatch):
+    arguments = made(tokens, (384, 8256, 1152))
+    want = getattr(reference, name)(*arguments)
+    guards = poison(monkeypatch)
+    assert torch.equal(getattr(cuda, name)(*arguments), want)
+    assert len(guards) == 4 and untouched(guards)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,15 +190,6 @@ def test_fp8_not_a_number_stays_in_its_token_and_fits_in_16_bits():
     out = cuda.active_ffn_fp8(*arguments)
     rest = [0, 1, 2, 4, 5, 7, 8]
     assert out[3].isnan().all() and not out[6].isfinite().any() and out[rest].isfinite().all()
-
-
-@pytest.mark.parametrize("tokens", [1, 16])
-def test_fp8_writes_every_output_and_nothing_else(tokens, monkeypatch):
-    arguments = whole_fp8(tokens, (384, 8256, 1152))
-    want = reference.active_ffn_fp8(*arguments)
-    guards = poison(monkeypatch)
-    assert torch.equal(cuda.active_ffn_fp8(*arguments), want)
-    assert len(guards) == 4 and untouched(guards)
 
 
 def test_a_compiled_model_in_fp8(any_size):

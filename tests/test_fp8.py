@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from hopper_kernels import DTYPES, ROWS, made_of, needs_hopper, poison, random, untouched
+from hopper_kernels import DTYPES, ROWS, in_threads, made_of, needs_hopper, poison, random, untouched
 from mlp import MLP
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -313,20 +313,9 @@ def test_side_streams_and_threads_of_a_whole_ffn():
         three = cuda.linear_relu2_sparsify_fp8(*arguments[:6])
         return cuda.sparse_mm_fp8(*three, *arguments[6:], None, torch.bfloat16)
 
-    want, got = [ffn(*arguments) for arguments in every], [[] for _ in every]
-    torch.cuda.synchronize()
-
-    def run(number):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            got[number] += [ffn(*every[number]) for _ in range(20)]
-            torch.cuda.current_stream().synchronize()
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(every))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(len(results) == 20 and all(torch.equal(out, w) for out in results) for results, w in zip(got, want))
+    want = [ffn(*arguments) for arguments in every]
+    got = in_threads(ffn, every, 20)
+    assert all(torch.equal(out, w) for results, w in zip(got, want) for out in results)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")

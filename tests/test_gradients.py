@@ -5,11 +5,10 @@ python -m pytest tests/test_gradients.py
 
 import gc
 import itertools
-import threading
 
 import pytest
 import torch
-from hopper_kernels import DTYPES, ROWS, made_of, needs_hopper, poison, random, untouched
+from hopper_kernels import DTYPES, ROWS, in_threads, made_of, needs_hopper, poison, random, untouched
 from mlp import MLP
 
 import ao_act24
@@ -414,21 +413,8 @@ def test_thousands_of_launches(rows, monkeypatch):
 def test_side_streams_and_threads():
     held = [operands(1280, 576, 2112) for _ in range(4)]
     want = [everything(*each) for each in held]
-    torch.cuda.synchronize()
-    got = [[] for _ in held]
-
-    def run(number):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(10):
-                got[number].append(everything(*held[number]))
-            torch.cuda.current_stream().synchronize()
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(held))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(len(results) == 10 and all(same_bits(out, w) for out in results) for results, w in zip(got, want))
+    got = in_threads(everything, held, 10)
+    assert all(same_bits(out, w) for results, w in zip(got, want) for out in results)
 
 
 def test_cuda_graph():

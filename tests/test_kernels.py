@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from hopper_kernels import DTYPES, ROWS, made_of, needs_hopper, poison, random, untouched
+from hopper_kernels import DTYPES, ROWS, in_threads, made_of, needs_hopper, poison, random, untouched
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -321,21 +321,8 @@ def test_side_streams_and_threads():
         return cuda.sparse_mm(*cuda.linear_relu2_sparsify(x, up), down)
 
     want = [ffn(*operand) for operand in operands]
-    torch.cuda.synchronize()
-    got = [[] for _ in operands]
-
-    def run(number):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(20):
-                got[number].append(ffn(*operands[number]))
-            torch.cuda.current_stream().synchronize()
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(operands))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(len(results) == 20 and all(torch.equal(out, w) for out in results) for results, w in zip(got, want))
+    got = in_threads(ffn, operands, 20)
+    assert all(torch.equal(out, w) for results, w in zip(got, want) for out in results)
 
 
 def test_cuda_graph():

@@ -25,10 +25,10 @@ constexpr int WARPS = 8, PADDED = 8 * EIGHTS, ROWS = 16, RUN = 64, WEIGHTS = ROW
 
 __device__ __forceinline__ u32 lies_at(int row, int eight) { return row * RUN * 2 + (eight ^ row % 8) * 16; }
 
-// y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 8 i + n fire? FP8: relu(h) instead of y, and of each block
-// the largest by token. A block has neighbouring sixteens of neurons,
-// one after the other, of which a warp has every eighth 64 columns. With the first one it brings in what it needs of x, which stays.
-// What fires among the last, and the fewer fire the earlier, is brought into L2: between two kernels the memory would rest.
+// y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 8 i + n fire? FP8: relu(h) instead of y, and each block's
+// largest by token. A block has neighbouring sixteens of neurons, one after the other, of which a warp has every eighth 64 columns.
+// With the first one it brings in what it needs of x, which stays. What fires among the last, and the fewer fire the earlier, is
+// brought into L2: between two kernels the memory would rest.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     active_relu2(const u16* x, const u16* up, const u16* bias, const u16* down, const float* x_scale, const float* up_scale, u16* y,
                  u8* active, u32* largest, int tokens, int model_dim, int sixteens, int out_dim) {
@@ -257,8 +257,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
         for (int eight = 0; eight < EIGHTS; ++eight) {
           const u32 first_half = b[eight / 2][eight % 2 * 2], second_half = b[eight / 2][eight % 2 * 2 + 1];
-          float(&sums)[4] = d[EACH * sixteen + i][eight];
-          FP8 ? mma_f16(sums, a, first_half, second_half) : mma(sums, a, first_half, second_half);
+          float(&products)[4] = d[EACH * sixteen + i][eight];
+          FP8 ? mma_f16(products, a, first_half, second_half) : mma(products, a, first_half, second_half);
         }
       }
     }

@@ -346,8 +346,7 @@ __device__ __forceinline__ void load_matrices(u32 (&words)[4], u32 shared) {
                : "memory");
 }
 
-// The same, but rows 2 q and
-// 2 q + 1 of column g.
+// The same, but rows 2 q and 2 q + 1 of column g.
 __device__ __forceinline__ void load_transposed(u32 (&words)[4], u32 shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
