@@ -86,7 +86,7 @@ MIN_DIM, MIN_HIDDEN_DIM, MIN_TRAINING_HIDDEN_DIM = 768, 2048, 3072  # at a short
 MAX_WASTE = 1.22
 MAX_TRAINING_WASTE = 1.06
 NEVER = 2**60
-FEW_TOKENS = ((2**26, 4), (2**27, 8))  # model_dim * hidden_dim, tokens
+FEW_TOKENS = ((2**22, 4), (2**27, 8))  # model_dim * hidden_dim, tokens
 MIN_SPARSE_GRADS = 2**37  # tokens * model_dim * hidden_dim
 CLUSTERS = 66  # of an H100 or H200 (SXM)
 

@@ -134,10 +134,10 @@ def cusparselt(
     return {each: timed[each][1] for each in sorted(timed, key=lambda each: timed[each][0])[:2]}
 
 
-def check(what: str, got: Tensor, want: Tensor) -> None:
+def check(what: str, got: Tensor, want: Tensor, most: float = 0.01) -> None:
     error = float((got.float() - want.float()).norm() / want.float().norm())
-    if not error < 0.01:
-        raise RuntimeError(f"{what} must be within 1 % of the dense product of the pruned data, got {error:.2%}")
+    if not error < most:
+        raise RuntimeError(f"{what} must be within {most:.0%} of the product that it stands for, got {error:.2%}")
 
 
 def cases(shapes: list[Shape], quick: bool) -> list[tuple[Shape, int]]:
@@ -212,7 +212,8 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         matmuls["first matmul, packing"] = functools.partial(cuda.linear_relu2_sparsify_fp8, *operands)
         few_rows = x8[:512], x_scale[:512], *operands[2:]
         both = [each.linear_relu2_sparsify_fp8(*few_rows) for each in (cuda, reference)]
-        check("linear_relu2_sparsify_fp8", *(reference.unpack(each[0].float(), each[1]) for each in both))
+        wide = [reference.unpack(each[0].float(), each[1]) for each in both]
+        check("linear_relu2_sparsify_fp8", *wide, most=0.03)  # a last bit of h decides between neighbours in e4m3
         theirs: Runs = {}
         if torch.backends.cusparselt.is_available():
             found = cusparselt(pruned.to(w.dtype), w, torch.bfloat16)
@@ -344,7 +345,8 @@ def decode(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """Few tokens by the neurons that fire, as the rule chooses and always, and dense; of each token's own or in common.
 
     Against ``torch.compile`` and plain cuBLAS. All in CUDA graphs, in which FFNs take turns: no weight is in L2 from
-    the call before. ``fires``: the share of neurons that fire for one token at least.
+    the call before; at the sizes for the rule also as called. ``fires``: the share of neurons that fire for one token
+    at least.
     """
     every = [(size, DECODE_TOKENS, list(SHIFTS)) for size in DECODE_SIZES]
     every += [(size, DECODE_TOKENS[:5], [50, 95]) for size in DECODE_OTHERS]
@@ -363,10 +365,13 @@ def decode(quick: bool, meter: Meter) -> Iterator[list[Row]]:
                 warnings.simplefilter("ignore", ao_act24.Act24Warning)  # where the rule stays dense
                 for run, weights in made.values():
                     run(x, *weights[0])
-            runs: Runs = {
-                name: captured(functools.partial(each_of, [functools.partial(run, x, *each) for each in weights]), 1)
+            calls: Runs = {
+                name: functools.partial(each_of, [functools.partial(run, x, *each) for each in weights])
                 for name, (run, weights) in made.items()
             }
+            runs = {name: captured(call, 1) for name, call in calls.items()}
+            if size in DECODE_OTHERS:
+                runs |= {f"{name} called": calls[name] for name in ("dense", "few")}
             for zeros, common in itertools.product(percents, (False, True) if size in DECODE_SIZES else (False,)):
                 for ffn in ffns:
                     nn.init.constant_(ffn.up.bias, SHIFTS[zeros])

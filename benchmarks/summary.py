@@ -164,6 +164,9 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             baseline = min((timed[f"{name}{common}"] for name in ("cuBLAS", "dense")), key=lambda row: row["median"])
             reached = ratio(timed, baseline["what"], f"few{common}")
             least_of_all.append((reached, f"{named(shape)}, {zeros} %{common}"))
+            if "few called" in timed and not common:
+                as_called = ratio(timed, "dense called", "few called")
+                least_of_all.append((as_called, f"{named(shape)}, {zeros} %, without a graph"))
             if (figure := (shape, zeros)) in DECODE and not common:
                 required, aim = DECODE[figure]
                 add(f"FFN of few tokens, {zeros} % zeros", shape, reached, required, aim=aim)

@@ -279,7 +279,7 @@ def _run_active(
     x, up = _aligned(x), _aligned(up)
     held = [_empty(*shape) for shape in plan.between]
     between, out = [tensor.data_ptr() for tensor in held], _empty(*plan.out)
-    plan.first(x.data_ptr(), up.data_ptr(), of_up_bias, down.data_ptr(), of_x, of_up, *between)
+    plan.first(x.data_ptr(), up.data_ptr(), of_up_bias, of_x, of_up, *between)
     plan.second(*between, down.data_ptr(), of_down, of_down_bias, out.data_ptr())
     return out
 

@@ -208,8 +208,8 @@ def _linear_relu2_sparsify(x: torch.Size, weight: torch.Size, dtype: torch.dtype
 
 
 ACTIVE_TOKENS, ACTIVE_HIDDEN_DIM, ACTIVE_X = 16, 1 << 16, 1 << 16  # at most; of tokens times model_dim, too
-# Of active.cu, see there. With UP_STAGES 5 to 7 and DOWN_STAGES 5 to 8 times were the same; with 3, a tenth longer.
-ACTIVE = {"UP_STAGES": 6, "DOWN_STAGES": 7, "PREFETCHED": 1 << 16}
+# Of the rings in active.cu, first kernel and second. With 5 to 7 and 5 to 8: as fast; with 3: a tenth slower.
+ACTIVE_STAGES = 6, 7
 _STAGE = 16 * 64 * 2  # bytes of weights
 _SHARED_BYTES = 225 << 10  # that a block can have, and some for what the kernels declare
 
@@ -236,19 +236,23 @@ def _active_ffn(x: torch.Size, down: torch.Size, fp8: bool, dtype: torch.dtype, 
     column_warps = next(warps for warps in (1, 2, 4, 8) if out_dim // 64 <= blocks * warps or warps == 8)
     slices = -(-out_dim // (64 * column_warps))
     x_bytes, parts = tokens * (2 * in_dim + 16), 8192 * eights
-    up_stages = min(ACTIVE["UP_STAGES"], (_SHARED_BYTES - parts - x_bytes) // (_WARPS * _STAGE))
+    up_stages = min(ACTIVE_STAGES[0], (_SHARED_BYTES - parts - x_bytes) // (_WARPS * _STAGE))
     down_stage = _WARPS * (_STAGE + 256 * eights)
-    down_stages = min(ACTIVE["DOWN_STAGES"], (_SHARED_BYTES - 2 * hidden_dim) // down_stage)
-    stages = {"UP_STAGES": up_stages, "DOWN_STAGES": down_stages}
-    defines = tuple({"FP8": each - 1, "EIGHTS": eights, "COLUMN_WARPS": column_warps, **ACTIVE, **stages}.items())
+    down_stages = min(ACTIVE_STAGES[1], (_SHARED_BYTES - 2 * hidden_dim) // down_stage)
+    defines = tuple(
+        {
+            **{"FP8": each - 1, "EIGHTS": eights, "COLUMN_WARPS": column_warps},
+            **{"UP_STAGES": up_stages, "DOWN_STAGES": down_stages},
+        }.items()
+    )
     up_bytes, down_bytes = _WARPS * up_stages * _STAGE + x_bytes, down_stages * down_stage + 2 * hidden_dim
     first = _simple_kernel("active", "active_relu2", dtype, index, defines, up_bytes)
     second = _simple_kernel("active", "active_mm", dtype, index, defines, down_bytes)
     cluster, first_blocks = _cluster(second, slices, blocks, down_bytes, index), min(blocks, hidden_dim // 16)
-    # x, up, bias, down, x_scale, up_scale, y, active, largest, sizes
+    # x, up, bias, x_scale, up_scale, y, active, largest, sizes
     # y, active, largest, down, down_scale, bias, out, sizes
     arguments = (
-        (*[POINTER] * 9, *map(ctypes.c_int, (tokens, in_dim, hidden_dim // 16, out_dim))),
+        (*[POINTER] * 8, *map(ctypes.c_int, (tokens, in_dim, hidden_dim // 16))),
         (*[POINTER] * 7, *map(ctypes.c_int, (tokens, hidden_dim, out_dim, first_blocks))),
     )
     of_tokens = 8 * eights

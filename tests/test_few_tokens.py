@@ -113,7 +113,7 @@ def test_sizes_that_were_measured(monkeypatch):
     monkeypatch.setattr(when, "FEW_TOKENS", FEW_TOKENS)
     assert [n for n in range(12) if pay(n, 8192, 32768, 8192)] == list(range(1, 9))
     assert [n for n in range(12) if pay(n, 4096, 16384, 4096)] == list(range(1, 5))
-    assert not any(pay(1, *sizes) for sizes in ((4096, 16320, 4096), (4096, 16384, 4032), (4032, 16384, 4096)))
+    assert not any(pay(1, *sizes) for sizes in ((1024, 4032, 1024), (1024, 4096, 960), (960, 4096, 1024)))
     assert [n for n in range(12) if pay(n, 18432, 65536, 18432)] == [1, 2, 3]
     assert not pay(1, 18432, 73728, 18432)
 

@@ -61,7 +61,6 @@ void run_columns(const u16* packed, const u32* metadata, const i64* index, u16* 
 ACTIVE = """
 #define UP_STAGES 3
 #define DOWN_STAGES 4
-#define PREFETCHED (1 << 16)
 #include "fp8.cuh"
 """ + "".join(
     f"""
@@ -79,8 +78,8 @@ extern "C" void run_active_{fp8}_{eights}_{column_warps}(
     const float* up_scale, const float* down_scale, u16* y, u8* active, u32* largest, u16* out, i64 tokens,
     i64 model_dim, i64 hidden_dim, i64 out_dim, i64 blocks, i64 cluster) {{
   using namespace active_{fp8}_{eights}_{column_warps};
-  launch(active_relu2, blocks, 1, x, up, up_bias, down, x_scale, up_scale, y, active, largest, tokens, model_dim,
-         hidden_dim / 16, out_dim);
+  launch(active_relu2, blocks, 1, x, up, up_bias, x_scale, up_scale, y, active, largest, tokens, model_dim,
+         hidden_dim / 16);
   const i64 clusters = (out_dim + 64 * {column_warps} - 1) / (64 * {column_warps});
   launch_clusters(active_mm, cluster, cluster * clusters, 1, y, (const u32*)active, (const u16*)largest, down,
                   down_scale, down_bias, out, tokens, hidden_dim, out_dim, blocks);

@@ -14,7 +14,7 @@
 // token; `down` is widened to f16, which holds both exactly, so that neurons, which lie in rows, can be multiplied in pairs.
 //
 // Compile-time: ELEMENT ("bf16" or "f16"); FP8 (0 or 1); EIGHTS of tokens; UP_STAGES, DOWN_STAGES: of a ring; COLUMN_WARPS: of a block
-// of the second kernel, side by side; PREFETCHED: elements of `down` that a warp may bring into L2 for a sixteen of neurons.
+// of the second kernel, side by side.
 //
 // Each kernel may start before the one before it has ended. Until it has waited for that nothing is read, and nothing is told to be
 // constant (no __restrict__): what it reads may be being written.
@@ -27,11 +27,10 @@ __device__ __forceinline__ u32 lies_at(int row, int eight) { return row * RUN * 
 
 // y [H, PADDED], zeros beyond the last token; bit n of active[i]: does neuron 8 i + n fire? FP8: relu(h) instead of y, and each block's
 // largest by token. A block has neighbouring sixteens of neurons, one after the other, of which a warp has every eighth 64 columns.
-// With the first one it brings in what it needs of x, which stays. What fires among the last, and the fewer fire the earlier, is
-// brought into L2: between two kernels the memory would rest.
+// With the first one it brings in what it needs of x, which stays.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    active_relu2(const u16* x, const u16* up, const u16* bias, const u16* down, const float* x_scale, const float* up_scale, u16* y,
-                 u8* active, u32* largest, int tokens, int model_dim, int sixteens, int out_dim) {
+    active_relu2(const u16* x, const u16* up, const u16* bias, const float* x_scale, const float* up_scale, u16* y, u8* active,
+                 u32* largest, int tokens, int model_dim, int sixteens) {
   constexpr int STEP = RUN * WARPS;
   extern __shared__ __align__(128) u8 shared[];  // rings, and x [T, D], its rows 16 bytes longer
   __shared__ float parts[2][WARPS][ROWS][PADDED];
@@ -127,11 +126,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     }
     const u32 bits = __reduce_or_sync(~0u, (u32)(fires != 0) << g);
     if (lane == 0) active[2 * sixteen + warp % 2] = (u8)bits;
-    if (__popc(bits) * (end - sixteen) * out_dim > PREFETCHED) continue;
-    for (u32 left = bits; left != 0; left &= left - 1) {
-      const u16* neuron_row = down + (i64)(ROWS * sixteen + 8 * (warp % 2) + __ffs(left) - 1) * out_dim;
-      for (int at = 64 * lane; at < out_dim; at += 64 * 32) prefetch(neuron_row + at);
-    }
   }
   if (!FP8) return;
   __shared__ u32 of_warps[WARPS][PADDED / 2];
