@@ -1,21 +1,24 @@
-"""How fast does a ReLU² model of six billion parameters generate? A token at a time, by the neurons that fire.
+"""How fast does a ReLU² model of five billion parameters write? A token at a time, by the neurons that fire.
 
     python benchmarks/generate.py          on one GPU: some two minutes (estimated)
     python benchmarks/generate.py --tiny   the same in small, on a CPU: checks the script, its speeds mean nothing
 
-The model is Hugging Face's Nemotron with the blocks of Minitron-8B (4096 x 16384; attention of 32 heads and 8 of keys,
-and a small vocabulary), its weights random, so the text is noise. Biases of the up projections are such
-that as many activations are zero as in a trained model, naturally: how many is measured on the prompts, and stands in
-the result. ``generate`` is called as users call it, greedily, with a static cache, for which it compiles the model's
-forward with CUDA graphs; dense by Inductor, ours by ``backend="ao_act24"``, of the same weights, which for ours have a
-row for each neuron. Tokens a second are of whole calls, prompt included, in turn; whether both gave the same tokens
-stands beside them. Writes ``benchmarks/results/generate.json``.
+The model is Hugging Face's Nemotron with twelve of Nemotron-4-15B's blocks (6144 x 24576; attention of 48 heads and 8
+of keys) and a small vocabulary, its weights random, so the text is noise. Biases of the up projections are such that as
+many activations are zero as in a trained model, naturally: how many is measured on the prompts, and stands in the
+result. Dense by Inductor, ours by ``backend="ao_act24"``, of the same weights, which for ours have a row for each
+neuron; greedily, with a static cache, in two ways: ``step``, one CUDA graph for each token, and ``generate`` as users
+call it, which spends some of the time on the host. Tokens a second are of whole calls, prompt included, in turn. How
+many tokens are those of dense stands beside them, also for dense without Inductor ("eager"): between random logits the
+last bit decides, and after another token comes another text. Writes ``benchmarks/results/generate.json``.
 """
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,9 @@ from typing import Any
 import torch
 from hopper import SHIFTS
 from machine import record, save
+from timing import captured
 from torch import Tensor, nn
-from transformers import CompileConfig, NemotronConfig, NemotronForCausalLM
+from transformers import CompileConfig, NemotronConfig, NemotronForCausalLM, StaticCache
 
 import ao_act24
 from ao_act24.kernels import cuda
@@ -44,7 +48,7 @@ class Size:
     tokens: int
 
 
-SIZE = Size(dim=4096, layers=32, heads=32, kv_heads=8, vocabulary=32000, prompt=32, tokens=256)
+SIZE = Size(dim=6144, layers=12, heads=48, kv_heads=8, vocabulary=32000, prompt=32, tokens=256)
 TINY = Size(dim=64, layers=2, heads=2, kv_heads=1, vocabulary=256, prompt=8, tokens=8)
 ZEROS = [85, 95]  # percent
 
@@ -76,56 +80,93 @@ def set_zeros(model: nn.Module, percent: int) -> None:
             up.bias.copy_(SHIFTS[percent] * spread)
 
 
-def generate(model: NemotronForCausalLM, ids: Tensor, size: Size, backend: str) -> Tensor:
+def generate(model: NemotronForCausalLM, ids: Tensor, size: Size, backend: str) -> Callable[[], Tensor]:
+    """As users call it."""
     how = CompileConfig(backend=backend, mode="reduce-overhead", fullgraph=True, dynamic=False)
     how._compile_all_devices = True  # on a CPU, too, where it would not
-    found: Tensor = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=size.tokens,
-        do_sample=False,
-        cache_implementation="static",
-        compile_config=how,
-    )
-    return found[:, ids.shape[1] :]
+
+    def run() -> Tensor:
+        found: Tensor = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=size.tokens,
+            do_sample=False,
+            cache_implementation="static",
+            compile_config=how,
+        )
+        return found[:, ids.shape[1] :]
+
+    return run
 
 
+def step(model: NemotronForCausalLM, ids: Tensor, size: Size, backend: str) -> Callable[[], Tensor]:
+    """As a server does: the step from a token to the next, compiled, is one CUDA graph; the host waits for the last."""
+    cache = StaticCache(config=model.config, max_cache_len=size.prompt + size.tokens)
+    last = torch.empty_like(ids[:, :1])
+
+    def advance(last: Tensor) -> Tensor:
+        logits: Tensor = model(last, past_key_values=cache, use_cache=True).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def start() -> None:
+        cache.reset()
+        last.copy_(advance(ids))
+
+    made = torch.compile(advance, backend=backend, fullgraph=True, dynamic=False)
+    start()
+    made(last)
+    next_token: Callable[[], object] = lambda: last.copy_(made(last))  # noqa: E731
+    if ids.device.type == "cuda":
+        next_token = captured(next_token, 1)
+
+    def run() -> Tensor:
+        start()
+        found = [last.clone()]
+        for _ in range(size.tokens - 1):
+            next_token()
+            found.append(last.clone())
+        return torch.cat(found, 1)
+
+    return run
+
+
+@torch.no_grad()
 def measured(size: Size, device: str) -> list[dict[str, Any]]:
     model = model_of(size, device)
     ours = copy.deepcopy(model)
     stored = ao_act24.neuron_major_(ours)
     assert stored == size.layers, stored
     rows: list[dict[str, Any]] = []
-    for batch in BATCHES:
-        ids = torch.randint(1, size.vocabulary, (batch, size.prompt), device=device)
+    for batch, how in itertools.product(BATCHES, (step, generate)):
+        torch._dynamo.reset()
+        ids = torch.randint(1, size.vocabulary, (batch, size.prompt), generator=torch.manual_seed(batch)).to(device)
+        models = {"inductor": model, "ao_act24": ours}
+        if how is step:
+            models["eager"] = model
+        runs = {backend: how(each, ids, size, backend) for backend, each in models.items()}
         for percent in ZEROS:
-            for each in (model, ours):
+            for each in models.values():
                 set_zeros(each, percent)
             zeros = statistics.mean(layer.zeros for layer in ao_act24.measure(model, ids, use_cache=False).layers)
-            seconds: dict[str, list[float]] = {}
-            tokens: dict[str, Tensor] = {}
-            for each, backend in ((model, "inductor"), (ours, "ao_act24")):
-                torch._dynamo.reset()
-                generate(each, ids, size, backend)
-                seconds[backend] = []
-                for _ in range(ROUNDS):
-                    start = time.perf_counter()
-                    tokens[backend] = generate(each, ids, size, backend).cpu()
-                    seconds[backend].append(time.perf_counter() - start)
+            tokens = {backend: run().cpu() for backend, run in runs.items()}
+            seconds: dict[str, list[float]] = {backend: [] for backend in runs}
+            for _, (backend, run) in itertools.product(range(ROUNDS), runs.items()):
+                start = time.perf_counter()
+                run().cpu()
+                seconds[backend].append(time.perf_counter() - start)
             if device == "cuda" and not cuda.PLANS.active_ffn.cache_info().currsize:
                 raise RuntimeError("no FFN ran by the neurons that fire")
-            same = (tokens["inductor"] == tokens["ao_act24"]).float().mean().item()
+            at = {"how": how.__name__, "batch": batch, "zeros": round(zeros, 4), "shift for": percent}
+            dense = statistics.median(seconds["inductor"])
             for backend, took in seconds.items():
-                speed = batch * size.tokens / statistics.median(took)
-                rows.append(
-                    {
-                        **{"backend": backend, "batch": batch, "zeros": round(zeros, 4), "shift for": percent},
-                        **{"tokens/s": speed, "seconds": took, "same tokens": same},
-                    }
+                faster, speed = dense / statistics.median(took), batch * size.tokens / statistics.median(took)
+                same = (tokens["inductor"] == tokens[backend]).float().mean().item()
+                rows.append(at | {"backend": backend, "tokens/s": speed, "seconds": took, "same tokens": same})
+                print(
+                    f"{how.__name__:8} {batch} × {size.tokens}, {zeros:.1%} zeros: {backend:8} {speed:8.1f} tokens/s, "
+                    f"{faster:.3f} times as fast as dense, {same:.1%} of its tokens",
+                    flush=True,
                 )
-                print(f"{batch} × {size.tokens}, {zeros:.1%} zeros, {backend:9} {speed:8.1f} tokens/s, same {same:.1%}")
-            faster = rows[-1]["tokens/s"] / rows[-2]["tokens/s"]
-            print(f"{'':30} {faster:.3f} times as fast", flush=True)
     return rows
 
 

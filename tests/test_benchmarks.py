@@ -113,14 +113,22 @@ def test_a_file_of_another_kind(tmp_path):
 
 
 def test_generating(monkeypatch):
-    """In small, on a CPU; zeros come out as they were asked for."""
+    """In small, on a CPU; zeros come out as they were asked for, and the same tokens in all ways."""
     monkeypatch.setattr(generate, "BATCHES", [2])
     monkeypatch.setattr(generate, "ROUNDS", 1)
     rows = generate.measured(generate.TINY, "cpu")
-    assert [(row["batch"], row["shift for"], row["backend"]) for row in rows] == [
-        (2, percent, backend) for percent in (85, 95) for backend in ("inductor", "ao_act24")
+    assert [(row["how"], row["batch"], row["shift for"], row["backend"]) for row in rows] == [
+        (how, 2, percent, backend)
+        for how, backends in (("step", ("inductor", "ao_act24", "eager")), ("generate", ("inductor", "ao_act24")))
+        for percent in (85, 95)
+        for backend in backends
     ]
     assert all(abs(row["zeros"] - row["shift for"] / 100) < 0.02 and row["tokens/s"] > 0 for row in rows)
+    assert all(row["same tokens"] == 1 for row in rows)
+    model, ids = generate.model_of(generate.TINY, "cpu"), torch.arange(1, 17).view(2, 8)
+    with torch.no_grad():
+        ways = [how(model, ids, generate.TINY, "eager")() for how in (generate.step, generate.generate)]
+    assert torch.equal(*ways)
 
 
 def test_few_tokens_by_the_neurons_that_fire():
