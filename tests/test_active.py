@@ -205,7 +205,7 @@ def test_a_compiled_model_in_fp8(any_size):
         run = torch.compile(mlp, backend="ao_act24", fullgraph=True)
         got, (code,) = torch._inductor.utils.run_and_get_code(run, x)
     assert "ao_act24_cuda.active_ffn_fp8(" in code
-    assert (got.double() - want).norm() < 1.1 * (theirs - want).norm() < 0.05 * want.norm()
+    assert (got.double() - want).norm() < 1.1 * (theirs - want).norm() < 0.07 * want.norm()
 
 
 def test_one_call_after_another_in_a_stream():
