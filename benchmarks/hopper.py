@@ -74,7 +74,7 @@ HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that th
 # the best of its own being 0.38 ms. So it is told.
 FP8_BY_CUBLAS = torch._inductor.config.patch(max_autotune_gemm_backends="ATEN")
 FP8_DECODE_TOKENS = [1, 4, 8]
-FP8_TOKENS = 16  # that torch's dense matmul in fp8 takes at least
+FP8_TOKENS = [16, 32, 64, 128]  # of which torch's dense matmul in fp8 may be the first to take some
 TUNED = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
 
 
@@ -392,7 +392,8 @@ def decode(quick: bool, meter: Meter) -> Iterator[list[Row]]:
 def decode_fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """Few tokens by the neurons that fire, of weights in fp8, against dense fp8 and against both in bf16.
 
-    As ``decode``, each token's neurons its own. Dense fp8 of no fewer than ``FP8_TOKENS``: cuBLAS refuses fewer.
+    As ``decode``, each token's neurons its own. cuBLAS refuses dense fp8 of few tokens at some sizes: ``tokens run``
+    says how many ran instead.
     """
     for size, tokens in itertools.product(DECODE_SIZES[: 1 if quick else None], FP8_DECODE_TOKENS):
         ffns = {"dense": [ffn_and_input((1, *size), 90)[0] for _ in range(2)]}
@@ -407,17 +408,30 @@ def decode_fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         if tokens > when.most_few_tokens(*size, size[0], in_fp8=True):
             del ffns["few fp8"]  # dense by the rule, which is refused
         runs: Runs = {}
+        ran: dict[str, int] = {}
         for name, each in ffns.items():
             how = {"backend": "ao_act24"} if "few" in name else {}
-            inputs = x.repeat(-(-FP8_TOKENS // tokens), 1) if name == "dense fp8" else x
             with FP8_BY_CUBLAS, warnings.catch_warnings():
                 warnings.simplefilter("ignore", ao_act24.Act24Warning)  # where the rule stays dense
+                inputs = taken(ffns["dense fp8"][0], x) if name == "dense fp8" else x
                 calls = [compiled(ffn, inputs, **{name: how})[name] for ffn in each]
-            runs[name] = captured(functools.partial(each_of, calls), 1)
+            runs[name], ran[name] = captured(functools.partial(each_of, calls), 1), len(inputs)
         for zeros in SHIFTS:
             for ffn in itertools.chain(*ffns.values()):
                 nn.init.constant_(ffn.up.bias, SHIFTS[zeros])
-            yield placed(in_turn(runs, 0.02, 5, each=2), (tokens, *size), zeros)
+            timed = in_turn(runs, 0.02, 5, each=2)
+            timed["dense fp8"]["tokens run"] = ran["dense fp8"]
+            yield placed(timed, (tokens, *size), zeros)
+
+
+def taken(ffn: FFN, x: Tensor) -> Tensor:
+    """``x``, or the fewest repetitions of it that the dense FFN takes in fp8."""
+    for tokens in (len(x), *FP8_TOKENS):
+        inputs = x.repeat(tokens // len(x), 1)
+        with contextlib.suppress(RuntimeError):
+            compiled(ffn, inputs, dense={})
+            break
+    return inputs
 
 
 def ffn_of(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, bias: Tensor) -> Tensor:
