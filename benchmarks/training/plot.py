@@ -30,7 +30,10 @@ def read(directory: Path) -> Runs:
 
 
 def table(runs: Runs) -> list[dict[str, Any]]:
-    """Of each arm: seeds, the last held-out loss, how far that of its seeds lies from dense, and the last shares."""
+    """Of each arm: seeds, the last held-out loss, how far that of its seeds lies from dense, and the last shares.
+
+    Speed and memory are of the first seed: others may have run side by side.
+    """
     dense = {run["seed"]: run["looks"][-1]["loss"] for run in runs.get("dense", ())}
     rows = []
     for arm, of_arm in runs.items():
@@ -42,7 +45,7 @@ def table(runs: Runs) -> list[dict[str, Any]]:
             run["looks"][-1]["loss"] - dense[run["seed"]] for run in of_arm if arm != "dense" and run["seed"] in dense
         ]
         row["run dense"] = statistics.mean(look["dense_loss"] for look in last)
-        row |= {"tokens/s": statistics.median(run["tokens/s"] for run in of_arm), "bytes": of_arm[0]["peak_bytes"]}
+        row |= {"tokens/s": of_arm[0]["tokens/s"], "bytes": of_arm[0]["peak_bytes"]}
         row["gpus"] = sorted({run["record"].get("gpu", "CPU") for run in of_arm})
         for share in SHARES:
             row[share] = statistics.mean(value for look in last for value in look[share])

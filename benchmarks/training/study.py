@@ -14,7 +14,8 @@ All arms of a seed start from the same weights and see the same batches. Blocks 
 for all of them, quickly. Every so many steps: loss on held-out files as the model runs then, and with dense
 activations; and of each layer the share of zeros, the share of non-zeros that 2:4 drops, and what 2:4 along tokens
 drops of the energy of relu(h)² and of that of the gradient by h, which is the dense model's in all arms. At last, what
-a step runs of ours. Writes ``<out>/<arm>-<seed>.json``; ``plot.py`` beside this draws all of them.
+a step runs of ours. Writes ``<out>/<arm>-<seed>.json``; ``plot.py`` beside this draws all of them. It shows the speed
+of an arm's first seed: that one must have the GPU to itself, others may run side by side.
 """
 
 import argparse
@@ -55,7 +56,7 @@ class Size:
     batch: int = 16
     steps: int = 2000
     warmup: int = 400
-    every: int = 125  # steps between two looks
+    every: int = 200  # steps between two looks
     megabytes: int = 200  # of text at most
     lr: float = 6e-4
 
