@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hopper import SHIFTS
+from ffns import SHIFTS
 from machine import record, save
 from timing import captured
 from torch import Tensor, nn

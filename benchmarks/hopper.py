@@ -2,7 +2,8 @@
 
     python benchmarks/hopper.py                  the whole table and its plots: some 30 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
-    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, fp8, decode
+    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, fp8,
+                                                 decode, decode-fp8
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
@@ -22,10 +23,8 @@ import argparse
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,24 +32,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from decode import decode, decode_fp8
+from ffns import FFN, FP8_BY_CUBLAS, compiled, ffn_and_input, placed
 from machine import Meter, record, save
 from summary import FFN_SHAPES, MATMUL_SHAPES, TRAINING_SHAPES, Row, Shape, named, shape_of, show, summary
 from timing import Runs, burst, captured, host_in_turn, in_graphs, in_turn, kernel_times, middle, repeated, row
-from torch import Tensor, nn
+from torch import Tensor
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import ao_act24
-from ao_act24 import ops, when
+from ao_act24 import when
 from ao_act24.fp8 import rows_to_fp8
-from ao_act24.kernels import cuda, plans, reference
+from ao_act24.kernels import cuda, reference
 
-SHIFTS = {
-    50: 0.0,
-    85: -1.0364,
-    90: -1.2816,
-    95: -1.6449,
-    97: -1.8808,
-}  # of a normal distribution, for that share of zeros in percent
 FEW_SIZES = [(2048, 8192), (768, 3072), (1024, 4096), (4096, 16384), (8192, 32768)]
 ALWAYS = ao_act24.Act24Backend(ao_act24.Act24Config(emulate=True))
 STARTS = [(when.least_tokens(*size), *size) for size in FEW_SIZES]  # from where on the rule says 2:4
@@ -65,54 +59,8 @@ OUTSIDE += [(8192, 4096, 4096), (8192, 2048, 2048), (8192, 1024, 1024), (8192, 4
 OUTSIDE_97 = [(8192, 4096, 16384), (2736, 2304, 13824), (1680, 4096, 8192), (1376, 3328, 13312)]  # percent of zeros
 OUTSIDE_FP16 = [(1168, 4608, 18432), (1488, 2048, 8192)]  # all else is bf16
 TWO_STEPS = [(8192, 4096, 16384), (4096, 2048, 8192), (1600, 4096, 16384), (1152, 4096, 16384)]  # also not fused
-DECODE_SIZES = [(4096, 16384), (8192, 32768)]
-DECODE_TOKENS = [1, 2, 4, 8, 16, 32, 64]
-DECODE_OTHERS = [(1024, 4096), (2048, 8192), (3072, 12288), (5120, 20480), (6144, 24576)]  # for the rule
-NOT_IN_L2 = 150 << 20  # bytes
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
-# Inductor autotunes matmuls in fp8 in any mode, for 150 s each, and ended at cuBLAS's: 0.19 ms at 8192 x 2048 x 8192,
-# the best of its own being 0.38 ms. So it is told.
-FP8_BY_CUBLAS = torch._inductor.config.patch(max_autotune_gemm_backends="ATEN")
-FP8_DECODE_TOKENS = [1, 4, 8]
-FP8_TOKENS = [16, 32, 64, 128]  # of which torch's dense matmul in fp8 may be the first to take some
 TUNED = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
-
-
-class FFN(nn.Module):
-    def __init__(self, model_dim: int, hidden_dim: int, zeros: int):
-        super().__init__()
-        self.up, self.down = (
-            nn.Linear(a, b, device="cuda") for a, b in ((model_dim, hidden_dim), (hidden_dim, model_dim))
-        )
-        nn.init.normal_(self.up.weight, std=model_dim**-0.5)
-        nn.init.normal_(self.down.weight, std=hidden_dim**-0.5)
-        nn.init.constant_(self.up.bias, SHIFTS[zeros])
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
-
-
-def ffn_and_input(shape: Shape, zeros: int, dtype: torch.dtype = torch.bfloat16) -> tuple[FFN, Tensor]:
-    torch._dynamo.reset()  # what was compiled of others
-    tokens, model_dim, hidden_dim = shape
-    return FFN(model_dim, hidden_dim, zeros).to(dtype), torch.randn(tokens, model_dim, device="cuda").to(dtype)
-
-
-def compiled(ffn: FFN, x: Tensor, **variants: dict[str, Any]) -> Runs:
-    """The FFN compiled in each way, each with code of its own: Dynamo keeps in one list all that it made of one."""
-    runs: Runs = {}
-    for name, how in variants.items():
-        copied = copy.copy(ffn)  # its parameters are the same
-        copied.__class__ = type("FFN", (FFN,), {"forward": with_own_code(FFN.forward)})
-        model = torch.compile(copied, fullgraph=True, dynamic=False, **how)
-        model(x)
-        runs[name] = functools.partial(model, x)
-    return runs
-
-
-def with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return types.FunctionType(function.__code__.replace(), globals())
 
 
 def cusparselt(
@@ -345,104 +293,6 @@ def few(shape: Shape) -> list[Row]:
     return placed(timed, shape, 90)
 
 
-def decode(quick: bool, meter: Meter) -> Iterator[list[Row]]:
-    """Few tokens by the neurons that fire, as the rule chooses and always, and dense; of each token's own or in common.
-
-    Against ``torch.compile`` and plain cuBLAS. All in CUDA graphs, in which FFNs take turns: no weight is in L2 from
-    the call before; at the sizes for the rule also as called. ``fires``: the share of neurons that fire for one token
-    at least.
-    """
-    every = [(size, DECODE_TOKENS, list(SHIFTS)) for size in DECODE_SIZES]
-    every += [(size, DECODE_TOKENS[:5], [50, 95]) for size in DECODE_OTHERS]
-    for size, numbers, percents in [(DECODE_SIZES[0], DECODE_TOKENS[:3], [50, 95])] if quick else every:
-        ffns = [ffn_and_input((1, *size), 90)[0] for _ in range(max(2, -(-NOT_IN_L2 // (4 * size[0] * size[1]))))]
-        plain = [(ffn.up.weight, ffn.up.bias, ffn.down.weight, ffn.down.bias) for ffn in ffns]
-        ours = [(up, up_bias, down.t().contiguous().t(), bias) for up, up_bias, down, bias in plain]
-        for tokens in numbers:
-            x = torch.empty(tokens, size[0], device="cuda", dtype=torch.bfloat16)
-            made: dict[str, tuple[Callable[..., Tensor], list[tuple[Tensor, ...]]]] = {"cuBLAS": (ffn_of, plain)}
-            for name, weights, how in (("dense", plain, {}), ("few", ours, {"backend": "ao_act24"})):
-                made[name] = torch.compile(with_own_code(ffn_of), fullgraph=True, dynamic=False, **how), weights
-            if tokens <= plans.ACTIVE_TOKENS:
-                made["by neurons"] = ops.active_ffn, ours
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ao_act24.Act24Warning)  # where the rule stays dense
-                for run, weights in made.values():
-                    run(x, *weights[0])
-            calls: Runs = {
-                name: functools.partial(each_of, [functools.partial(run, x, *each) for each in weights])
-                for name, (run, weights) in made.items()
-            }
-            runs = {name: captured(call, 1) for name, call in calls.items()}
-            if size in DECODE_OTHERS:
-                runs |= {f"{name} called": calls[name] for name in ("dense", "few")}
-            for zeros, common in itertools.product(percents, (False, True) if size in DECODE_SIZES else (False,)):
-                for ffn in ffns:
-                    nn.init.constant_(ffn.up.bias, SHIFTS[zeros])
-                x.normal_()
-                if common:
-                    x.mul_(0.3).add_(torch.randn_like(x[:1]), alpha=0.95)
-                timed = in_turn(runs, 0.02, 5, each=len(ffns))
-                timed["few"]["fires"] = round((ffns[0].up(x) > 0).any(0).float().mean().item(), 4)
-                for found in timed.values():
-                    found["what"] += " common" * common
-                yield placed(timed, (tokens, *size), zeros)
-
-
-def decode_fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
-    """Few tokens by the neurons that fire, of weights in fp8, against dense fp8 and against both in bf16.
-
-    As ``decode``, each token's neurons its own. cuBLAS refuses dense fp8 of few tokens at some sizes: ``tokens run``
-    says how many ran instead.
-    """
-    for size, tokens in itertools.product(DECODE_SIZES[: 1 if quick else None], FP8_DECODE_TOKENS):
-        ffns = {"dense": [ffn_and_input((1, *size), 90)[0] for _ in range(2)]}
-        ffns["dense fp8"] = copy.deepcopy(ffns["dense"])
-        for ffn in ffns["dense fp8"]:
-            quantize_(ffn, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        for suffix in ("", " fp8"):
-            ffns[f"few{suffix}"] = copy.deepcopy(ffns[f"dense{suffix}"])
-            for ffn in ffns[f"few{suffix}"]:
-                ao_act24.neuron_major_(ffn)
-        x = torch.randn(tokens, size[0], device="cuda", dtype=torch.bfloat16)
-        if tokens > when.most_few_tokens(*size, size[0], in_fp8=True):
-            del ffns["few fp8"]  # dense by the rule, which is refused
-        runs: Runs = {}
-        ran: dict[str, int] = {}
-        for name, each in ffns.items():
-            how = {"backend": "ao_act24"} if "few" in name else {}
-            with FP8_BY_CUBLAS, warnings.catch_warnings():
-                warnings.simplefilter("ignore", ao_act24.Act24Warning)  # where the rule stays dense
-                inputs = taken(ffns["dense fp8"][0], x) if name == "dense fp8" else x
-                calls = [compiled(ffn, inputs, **{name: how})[name] for ffn in each]
-            runs[name], ran[name] = captured(functools.partial(each_of, calls), 1), len(inputs)
-        for zeros in SHIFTS:
-            for ffn in itertools.chain(*ffns.values()):
-                nn.init.constant_(ffn.up.bias, SHIFTS[zeros])
-            timed = in_turn(runs, 0.02, 5, each=2)
-            timed["dense fp8"]["tokens run"] = ran["dense fp8"]
-            yield placed(timed, (tokens, *size), zeros)
-
-
-def taken(ffn: FFN, x: Tensor) -> Tensor:
-    """``x``, or the fewest repetitions of it that the dense FFN takes in fp8."""
-    for tokens in (len(x), *FP8_TOKENS):
-        inputs = x.repeat(tokens // len(x), 1)
-        with contextlib.suppress(RuntimeError):
-            compiled(ffn, inputs, dense={})
-            break
-    return inputs
-
-
-def ffn_of(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(F.relu(F.linear(x, up, up_bias)).square(), down, bias)
-
-
-def each_of(runs: list[Callable[[], object]]) -> None:
-    for run in runs:
-        run()
-
-
 def rule(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The FFN at the sizes that ``ao_act24/when.py`` rests on: in 2:4, taken or not, against both modes, at full power.
 
@@ -472,14 +322,6 @@ def ruled(shape: Shape, zeros: int, dtype: torch.dtype, meter: Meter, **modes: A
         runs["2:4 in two steps"] = functools.partial(torch.compile(apart, fullgraph=True, dynamic=False), x)
     calls, graphs = in_graphs(runs, min(burst(run, 10) for run in runs.values()))
     return placed(in_turn(graphs, 0.5, len(graphs), meter, each=calls), shape, zeros, dtype)
-
-
-def placed(timed: dict[str, Row], shape: Shape, zeros: int, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    at: Row = dict(zip(("tokens", "model_dim", "hidden_dim"), shape))
-    at["zeros"] = zeros
-    if dtype != torch.bfloat16:
-        at["dtype"] = str(dtype).removeprefix("torch.")
-    return [{"what": found["what"], **at, **found} for found in timed.values()]
 
 
 PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "rule": rule, "outside": outside}

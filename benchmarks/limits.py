@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hopper import ffn_and_input
+from ffns import ffn_and_input
 from machine import Meter, record, save
 from timing import Runs, captured, in_turn
 
