@@ -54,8 +54,9 @@ of eight tokens' none::
 
 So ``FEW_TOKENS``: from D x H on, up to so many tokens; 16 were 0.97 at most with half of the neurons firing, of each
 token others. Without a graph few tokens launch two kernels for three: 1.3 to 1.7 up to 5120 x 20480, whatever fires.
-Smaller sizes were not measured: dense, or 2:4. Nor was fp8 against fp8: its weights count as half as many. Nor were
-other shapes of as many weights.
+Smaller sizes were not measured: dense, or 2:4. Nor were other shapes of as many weights. Weights in fp8 count as half
+as many, and run so for as many tokens as the operator takes: dense, torchao copies them at each call, since fp8 is
+multiplied by rows of outputs only, and cuBLAS refuses few tokens where K is long.
 
 In training, forward and backward, over the same (``--only training`` and, marked *, seen), gradients of weights exact
 or in 2:4 along tokens::
@@ -147,6 +148,8 @@ def most_few_tokens(model_dim, hidden_dim, out_dim, in_fp8) -> int:  # type: ign
         return 0
     size = min(model_dim, out_dim) * hidden_dim // each
     most = max((tokens for least, tokens in FEW_TOKENS if size >= least), default=0)
+    if in_fp8 and most:
+        most = plans.ACTIVE_TOKENS
     return min(most, plans.ACTIVE_X // model_dim)
 
 

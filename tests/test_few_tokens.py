@@ -116,6 +116,9 @@ def test_sizes_that_were_measured(monkeypatch):
     assert not any(pay(1, *sizes) for sizes in ((1024, 4032, 1024), (1024, 4096, 960), (960, 4096, 1024)))
     assert [n for n in range(12) if pay(n, 18432, 65536, 18432)] == [1, 2, 3]
     assert not pay(1, 18432, 73728, 18432)
+    assert [n for n in range(20) if pay(n, 4096, 16384, 4096, in_fp8=True)] == list(range(1, 17))
+    assert [n for n in range(20) if pay(n, 8192, 32768, 8192, in_fp8=True)] == list(range(1, 9))
+    assert not pay(1, 1024, 4096, 1024, in_fp8=True)
 
 
 def test_gradients_and_emulation_are_in_24():
