@@ -47,7 +47,9 @@ def neuron_major_(model: nn.Module) -> int:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)
     if any(map(is_sparsified, model.modules())):
-        raise ValueError("model must not be given to sparsify_ yet: call neuron_major_ first")
+        raise ValueError(
+            "model must not be given to sparsify_ yet: call neuron_major_ first, or unsparsify_ (fp8 weights stay fp8)"
+        )
     traced = [trace(module, False) for module in model.modules() if may_hold_ffn(module)]
     sites = [site for each in traced if each for site in find_sites(each.graph)]
     ups = {id(known_weight(site.up)[0]) for site in sites if site.up}
