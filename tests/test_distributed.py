@@ -68,6 +68,7 @@ def train(rank, directory, way, weight_grads):
     schedule.step()
     ours = our_operators(run, ffns, rank)
     assert ours.count("ao_act24::grad_hidden") == 2 and "ao_act24::relu2_ffn" in ours, ours
+    assert ("ao_act24::feature_wise_mm" in ours) == (weight_grads == "sparse"), ours
     found = {name: g.full_tensor() if way.startswith("fsdp2") else g for name, g in gradients(ffns).items()}
     if rank == 0:
         torch.save(found, f"{directory}/gradients")
@@ -87,7 +88,7 @@ def test_two_processes(way, weight_grads, tmp_path):
         want = model(Sparse)
         for part in data():
             (loss(want(part)) / 2).backward()
-    tolerance = 0.1 if "mixed" in way else 1e-5  # computed in bfloat16: other entries may be the two largest
+    tolerance = 0.03 if "mixed" in way else 1e-5  # computed in bfloat16: other entries may be the two largest
     for name, gradient in gradients(want).items():
         assert relative_error(got[name], gradient) < tolerance and got[name].dtype == torch.float32, name
     dropped = relative_error(got["0.up.weight"], gradients(exact)["0.up.weight"])

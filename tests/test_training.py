@@ -218,7 +218,7 @@ def test_a_token_does_not_see_later_ones():
 
 @pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
 def test_what_is_saved(weight_grads):
-    """A hidden element takes one byte of packed bf16 and an eighth of metadata, and nothing else is as wide."""
+    """A hidden element takes one byte of packed bf16 and an eighth of metadata; beyond that only rows of D are saved."""
     ffn, x = Residual(dim=64, hidden=1024).bfloat16(), torch.randn(256, 64).bfloat16().requires_grad_()
     backend = ao_act24.Act24Backend(Act24Config(weight_grads=weight_grads))
     compiled, saved = torch.compile(ffn, backend=backend, fullgraph=True), {}
@@ -230,9 +230,9 @@ def test_what_is_saved(weight_grads):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         compiled(x).float().square().sum().backward()
     given = {tensor.data_ptr() for tensor in (x, *ffn.parameters())}
-    wide = [tensor for pointer, tensor in saved.items() if pointer not in given and tensor.shape[0] == 256]
-    hidden = sum(tensor.nbytes for tensor in wide if tensor.shape[-1] != 64)
-    assert hidden == 256 * 1024 * 1.125
+    more = [tensor for pointer, tensor in saved.items() if pointer not in given]
+    assert sum(tensor.nbytes for tensor in more if tensor.shape != x.shape) == 256 * 1024 * 1.125
+    assert sum(tensor.shape == x.shape for tensor in more) <= 2
 
 
 @pytest.mark.parametrize("recompute", [False, True])
