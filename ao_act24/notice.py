@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch.fx import GraphModule
 
+from ao_act24 import phases
 from ao_act24.config import Act24Config
 from ao_act24.passes import Act24Warning, examine, graph_modules
 from ao_act24.passes.vocabulary import as_linear
-from ao_act24.phases import PHASE
 
 
 @dataclass
@@ -48,10 +48,12 @@ _models: WeakKeyDictionary[Any, _Model] = WeakKeyDictionary()
 
 
 def watch(gm: GraphModule, config: Act24Config) -> Callable[[Any], Any]:
-    """Warn if the model that ``gm``, a graph of Dynamo's, belongs to stays dense. Decorates its compiled form."""
-    if PHASE.dense:  # as was asked for
-        return _as_it_is
-    verdicts = [verdict for _, verdict in examine(gm, config)]
+    """Warn if the model that ``gm``, a graph of Dynamo's, belongs to stays dense. Decorates its compiled form.
+
+    In a dense phase: if it would stay dense after it, too.
+    """
+    with phases.ignored():
+        verdicts = [verdict for _, verdict in examine(gm, config)]
     model, call, outermost = _being_compiled()
     model.rewritten |= any(verdict.rewritten for verdict in verdicts)
     model.reasons |= {verdict.reason for verdict in verdicts}

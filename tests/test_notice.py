@@ -134,6 +134,11 @@ def test_ddp_that_splits_graphs_is_named(tmp_path):
         with pytest.warns(ao_act24.Act24Warning, match="optimize_ddp = False"):
             compiled = torch.compile(model, backend="ao_act24")
             compiled(x), compiled(x)
+        schedule = ao_act24.Schedule()
+        with pytest.warns(ao_act24.Act24Warning, match="optimize_ddp = False"):  # from the first dense step on
+            compiled = torch.compile(model, backend="ao_act24")
+            compiled(x), compiled(x)
+        schedule.close()
         report = ao_act24.explain(model, x)
         assert not report.rewritten and any("optimize_ddp" in note for note in report.notes)
         torch._dynamo.reset()

@@ -218,7 +218,7 @@ def test_a_token_does_not_see_later_ones():
 
 @pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
 def test_what_is_saved(weight_grads):
-    """A hidden element takes one byte of packed bf16 and an eighth of metadata; beyond that only rows of D are saved."""
+    """A hidden element takes one byte of packed bf16 and an eighth of metadata. Else only rows of D are saved."""
     ffn, x = Residual(dim=64, hidden=1024).bfloat16(), torch.randn(256, 64).bfloat16().requires_grad_()
     backend = ao_act24.Act24Backend(Act24Config(weight_grads=weight_grads))
     compiled, saved = torch.compile(ffn, backend=backend, fullgraph=True), {}
