@@ -1,5 +1,6 @@
 """The study of training in small: it runs, and its results become a table and a picture."""
 
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -122,3 +123,21 @@ def test_a_step_of_each_arm_runs_what_the_arm_is_called(monkeypatch):
         assert not ran["dense"] and "ao_act24::relu2_ffn" in ran["2:4 exact"] & ran["2:4 sparse"]
         assert "ao_act24::feature_wise" in ran["2:4 sparse"] - ran["2:4 exact"]
     assert counters["stats"]["unique_graphs"] == len(arms)
+
+
+@pytest.mark.parametrize(("over", "within"), [([0.01, 0.02, 0.03], True), ([0.02, 0.03, 0.05], False), ([0.01], None)])
+def test_within_the_spread_of_dense(over, within):
+    """Of the same seeds, on average, against the largest difference between dense ones, 0.03 here."""
+
+    spec = importlib.util.spec_from_file_location("of_study", STUDY / "plot.py")  # there is another plot.py
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+
+    def run(seed, loss):
+        look = {"loss": loss, "dense_loss": loss, **{share: [0.0] for share in plot.SHARES}}
+        return {"seed": seed, "looks": [look], "tokens/s": 1, "peak_bytes": None, "record": {}}
+
+    dense = [1.0, 1.01, 1.03]
+    runs = {"dense": [run(*each) for each in enumerate(dense)]}
+    runs["full"] = [run(seed, loss + more) for seed, (loss, more) in enumerate(zip(dense, over))]
+    assert [row["within"] for row in plot.table(runs)] == [None, within]

@@ -32,7 +32,9 @@ def read(directory: Path) -> Runs:
 def table(runs: Runs) -> list[dict[str, Any]]:
     """Of each arm: seeds, the last held-out loss, how far that of its seeds lies from dense, and the last shares.
 
-    Speed and memory are of the first seed: others may have run side by side.
+    An arm ends where dense ends ("within") if the mean over its seeds of what it is over dense of the same seed is no
+    more than the largest difference between two seeds of dense. Of one seed nothing is said. Speed and memory are of
+    the first seed: others may have run side by side.
     """
     dense = {run["seed"]: run["looks"][-1]["loss"] for run in runs.get("dense", ())}
     rows = []
@@ -44,6 +46,9 @@ def table(runs: Runs) -> list[dict[str, Any]]:
         row["over dense"] = [
             run["looks"][-1]["loss"] - dense[run["seed"]] for run in of_arm if arm != "dense" and run["seed"] in dense
         ]
+        compared = len(row["over dense"]) > 1
+        apart = max(dense.values()) - min(dense.values()) if compared else None
+        row["within"] = None if apart is None else abs(statistics.mean(row["over dense"])) <= apart
         row["run dense"] = statistics.mean(look["dense_loss"] for look in last)
         row |= {"tokens/s": of_arm[0]["tokens/s"], "bytes": of_arm[0]["peak_bytes"]}
         row["gpus"] = sorted({run["record"].get("gpu", "CPU") for run in of_arm})
@@ -64,6 +69,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         memory = f"{row['bytes'] / 1e9:.1f}" if row["bytes"] else ""
         spread = "–" if row["spread"] is None else f"{row['spread']:.4f}"
         over = ", ".join(f"{change:+.4f}" for change in row["over dense"])
+        over += "" if row["within"] is None else f": {'within' if row['within'] else 'beyond'} dense's spread"
         numbers = f"{row['loss']:.4f}", spread, over, f"{row['run dense']:.4f}", f"{row['tokens/s']:,}", memory
         shares = (f"{row[share]:.2%}" for share in SHARES)
         shown.add_row(row["arm"], ", ".join(map(str, row["seeds"])), *numbers, *shares)

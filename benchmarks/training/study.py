@@ -15,7 +15,8 @@ for all of them, quickly. Every so many steps: loss on held-out files as the mod
 activations; and of each layer the share of zeros, the share of non-zeros that 2:4 drops, and what 2:4 along tokens
 drops of the energy of relu(h)² and of that of the gradient by h, which is the dense model's in all arms. At last, what
 a step runs of ours. Writes ``<out>/<arm>-<seed>.json``; ``plot.py`` beside this draws all of them. It shows the speed
-of an arm's first seed: that one must have the GPU to itself, others may run side by side.
+of an arm's first seed: that one must have the GPU to itself, others may run side by side. The rule (``ao_act24.when``)
+would compute exact gradients at this size, where those in 2:4 are slower; here all arms run as they are called.
 """
 
 import argparse
