@@ -12,11 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from summary import AIM, FFN_SHAPES, LEAST_FEW, MATMUL_SHAPES, MOST_TOKENS, REQUIRED, Shape, best, ratio, rows
+from summary import AIM, FFN_SHAPES, LEAST_FEW, MATMUL_SHAPES, MOST_TOKENS, REQUIRED, ZEROS, Shape, best, ratio, rows
 
 COLOURS = ("#0b6e4f", "#d0782a", "#1d4e89", "#7a5195")
 REQUIRED_COLOUR, AIM_COLOUR = "#c1121f", "#6c757d"
-ZEROS = [50, 85, 90, 95, 97]
 Bars = Mapping[str, Sequence[float | None]]
 
 

@@ -47,6 +47,7 @@ AIM = {
     "fp8 FFN over torch.compile in fp8": 1.38,
     "fp8 FFN over torch.compile in bf16": 2.3,
 }
+ZEROS = [50, 85, 90, 95, 97]  # percent, of few tokens
 DECODE: dict[tuple[Shape, int], tuple[float, float | None]] = {  # required and aim, by shape and percent of zeros
     ((1, 8192, 32768), 95): (1.65, 1.85),
     ((4, 8192, 32768), 95): (1.45, 1.6),
@@ -151,7 +152,7 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
         add_ratio("fp8 FFN over 2:4 in bf16", shape, ratio(timed, "FFN 2:4", "FFN 2:4 fp8"))
         add("error that 2:4 adds, of what fp8 adds by itself", shape, ours["error"] / ours["fp8_error"], 1.0, False)
     least_of_all = []
-    for zeros, common in itertools.product((50, 85, 90, 95, 97), ("", " common")):
+    for zeros, common in itertools.product(ZEROS, ("", " common")):
         for shape, timed in rows(result, "decode", zeros).items():
             if f"few{common}" not in timed:
                 continue
@@ -167,7 +168,7 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     if least_of_all:
         slowest, where = min(least_of_all)
         add("FFN of up to 64 tokens over dense: least", where, slowest, LEAST_FEW)
-    for zeros in (50, 85, 90, 95, 97):
+    for zeros in ZEROS:
         for shape, timed in rows(result, "decode-fp8", zeros).items():
             for name, dtype in (("dense fp8", "fp8"), ("dense", "bf16")):
                 figure = f"FFN of few tokens in fp8 over dense {dtype}, {zeros} % zeros"

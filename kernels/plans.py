@@ -239,12 +239,8 @@ def _active_ffn(x: torch.Size, down: torch.Size, fp8: bool, dtype: torch.dtype, 
     up_stages = min(ACTIVE_STAGES[0], (_SHARED_BYTES - parts - x_bytes) // (_WARPS * _STAGE))
     down_stage = _WARPS * (_STAGE + 256 * eights)
     down_stages = min(ACTIVE_STAGES[1], (_SHARED_BYTES - 2 * hidden_dim) // down_stage)
-    defines = tuple(
-        {
-            **{"FP8": each - 1, "EIGHTS": eights, "COLUMN_WARPS": column_warps},
-            **{"UP_STAGES": up_stages, "DOWN_STAGES": down_stages},
-        }.items()
-    )
+    stages = ("UP_STAGES", up_stages), ("DOWN_STAGES", down_stages)
+    defines = ("FP8", each - 1), ("EIGHTS", eights), ("COLUMN_WARPS", column_warps), *stages
     up_bytes, down_bytes = _WARPS * up_stages * _STAGE + x_bytes, down_stages * down_stage + 2 * hidden_dim
     first = _simple_kernel("active", "active_relu2", dtype, index, defines, up_bytes)
     second = _simple_kernel("active", "active_mm", dtype, index, defines, down_bytes)

@@ -208,7 +208,6 @@ inline u32 cluster_size() { return blocks_of_cluster; }
 inline void cluster_sync() { cluster_barrier->arrive_and_wait(); }
 inline void launch_next() {}
 inline void wait_for_previous() {}
-inline void prefetch(const void* pointer) { (void)*(volatile const u8*)pointer; }
 
 struct Copy {
   u32 shared;
