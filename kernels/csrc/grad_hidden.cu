@@ -13,6 +13,8 @@ struct GradHidden {
   u16* out;
   const Shape& shape;
 
+  __device__ __forceinline__ OfColumns of_columns() const { return {nullptr, nullptr}; }
+
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
     // What the end of the tile reads of a warp's 16 rows: two lines of packed each, and four of metadata.
     const int thread = thread_index(), first = tile.row + thread / 32 * 16, lane = thread % 32;
@@ -22,20 +24,23 @@ struct GradHidden {
     multiply_dense(d, ring, shape.stages);
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
     const Place place = place_of(tile);
     const int block = min(place.row / 16, (shape.tokens - 1) / 16);
     const i64 line = (i64)place.row * (shape.columns / 2) + place.column / 2;
     const uint4 all = __ldg(metadata + ((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32);
     const u32 codes[4] = {all.x, all.y, all.z, all.w};
+    const auto squares_of = [&](int s, int half) {
+      const bool inside = place.row + 8 * half < shape.tokens && tile.column + 64 * s < shape.columns;
+      return inside ? __ldg((const uint4*)(packed + line + 8 * half * (i64)(shape.columns / 2) + 32 * s)) : uint4();
+    };
+    uint4 squares[2];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      if (tile.column + 64 * s >= shape.columns) return;
+      if (s > 0 && tile.column + 64 * s >= shape.columns) return;
+      if (s < 2) squares[0] = squares_of(s, 0), squares[1] = squares_of(s, 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const i64 at = line + 8 * half * (i64)(shape.columns / 2) + 32 * s;
-        const bool inside = place.row + 8 * half < shape.tokens;
-        const uint4 squares = inside ? __ldg((const uint4*)(packed + at)) : uint4();
         u32 words[2][4];  // of columns 0 to 7 and 8 to 15 of the thread's
 #pragma unroll
         for (int a = 0; a < 8; ++a) {
@@ -43,8 +48,9 @@ struct GradHidden {
           words[a % 2][a / 2] = pack_floats(v[0], v[1]);
         }
         exchange(words[0]), exchange(words[1]);
-        if (!inside) continue;
-        const u32 square[4] = {squares.x, squares.y, squares.z, squares.w};
+        const u32 square[4] = {squares[half].x, squares[half].y, squares[half].z, squares[half].w};
+        if (s == 1 || s == 2) squares[half] = squares_of(s + 1, half);  // ahead, now that there are registers
+        if (place.row + 8 * half >= shape.tokens) continue;
         u32 kept[4];
 #pragma unroll
         for (int group = 0; group < 4; ++group) {
@@ -54,7 +60,7 @@ struct GradHidden {
           const u32 roots = pack_floats(root(low_float(square[group])), root(high_float(square[group])));
           kept[group] = pack_floats(low_float(two) * (2 * low_float(roots)), high_float(two) * (2 * high_float(roots)));
         }
-        store_four(out + at, make_uint4(kept[0], kept[1], kept[2], kept[3]));
+        store_four(out + line + 8 * half * (i64)(shape.columns / 2) + 32 * s, make_uint4(kept[0], kept[1], kept[2], kept[3]));
       }
     }
   }

@@ -14,11 +14,13 @@ struct LinearRelu2Sparsify {
   uint4* metadata;
   const Shape& shape;
 
+  __device__ __forceinline__ OfColumns of_columns() const { return {bias, nullptr}; }
+
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
     multiply_dense(d, ring, shape.stages);
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
     const Place place = place_of(tile);
     const int row = place.row;
     u16* line = packed + (i64)row * (shape.columns / 2) + place.column / 2;
@@ -26,9 +28,9 @@ struct LinearRelu2Sparsify {
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       codes[s] = 0x44444444u;
-      if (tile.column + 64 * s >= shape.columns) continue;
-      u32 biases[8] = {}, upper[4], lower[4];
-      if (bias != nullptr) load_sixteen(biases, bias + place.column + 64 * s);
+      if (s > 0 && tile.column + 64 * s >= shape.columns) continue;
+      u32 biases[8], upper[4], lower[4];
+      load_sixteen(biases, here.bias + place.column - tile.column + 64 * s);
       u32 word = 0;
 #pragma unroll
       for (int group = 0; group < 4; ++group) {

@@ -17,11 +17,13 @@ struct LinearRelu2Sparsify {
   u16* parts;
   const Shape& shape;
 
+  __device__ __forceinline__ OfColumns of_columns() const { return {bias, weight_scale}; }
+
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
     multiply_dense<true>(d, ring, shape.stages);
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
     const Place place = place_of(tile);
     const int row = place.row;
     u16* line = kept + (i64)row * (shape.columns / 2) + place.column / 2;
@@ -31,29 +33,28 @@ struct LinearRelu2Sparsify {
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       codes[s] = 0x44444444u;
-      if (tile.column + 64 * s >= shape.columns) continue;
-      const int column = place.column + 64 * s;
-      u32 biases[8] = {}, upper[4], lower[4];
-      if (bias != nullptr) load_sixteen(biases, bias + column);
-      u32 word = 0;
+      if (s > 0 && tile.column + 64 * s >= shape.columns) continue;
+      const int column = place.column - tile.column + 64 * s;
+      u32 upper[4], lower[4], word = 0;
 #pragma unroll
       for (int group = 0; group < 4; ++group) {
-        const float4 factors = __ldg((const float4*)(weight_scale + column) + group);
+        const uint2 two = ((const uint2*)(here.bias + column))[group];
+        const u32 biases[2] = {two.x, two.y};
+        const float4 factors = ((const float4*)(here.scale + column))[group];
         const float of_columns[4] = {factors.x, factors.y, factors.z, factors.w};
         u32 k[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* v = d + 32 * s + 8 * group + i / 2 * 4 + i % 2;
-          const u32 two = biases[2 * group + i / 2];
-          const float one = i % 2 ? high_float(two) : low_float(two);
+          const float one = i % 2 ? high_float(biases[i / 2]) : low_float(biases[i / 2]);
           k[i] = relu(pack_floats(v[0] * upper_scale * of_columns[i] + one, v[2] * lower_scale * of_columns[i] + one));
         }
-        const Two two = two_of_four(k[0], k[1], k[2], k[3]);
-        const u32 first = two.first(k[0], k[1], k[2]), second = two.second(k[1], k[2], k[3]);
+        const Two kept_two = two_of_four(k[0], k[1], k[2], k[3]);
+        const u32 first = kept_two.first(k[0], k[1], k[2]), second = kept_two.second(k[1], k[2], k[3]);
         largest = __vmaxu2(largest, __vmaxu2(first, second));
         upper[group] = permute_bytes<0x5410>(first, second);
         lower[group] = permute_bytes<0x7632>(first, second);
-        word |= two.codes(0) << (4 * group);
+        word |= kept_two.codes(0) << (4 * group);
       }
       codes[s] = word;
       if (row < shape.tokens) store_four(line + 32 * s, make_uint4(upper[0], upper[1], upper[2], upper[3]));

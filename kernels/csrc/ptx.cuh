@@ -192,7 +192,14 @@ __device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int i
       : "memory");
 }
 
-// The same of a tensor of five dimensions, into every block of the cluster that `blocks` has a bit for, at the same shared
+// `bytes` from `from` on, both multiples of 16.
+__device__ __forceinline__ void copy_bytes(u32 shared, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// A box of a tensor of five dimensions, into every block of the cluster that `blocks` has a bit for, at the same shared
 // address and barrier.
 __device__ __forceinline__ void copy_box_to(u16 blocks, u32 shared, const TensorMap& map, int i0, int i1, int i2, int i3, int i4,
                                             u32 barrier) {
@@ -424,7 +431,7 @@ __device__ __forceinline__ uint4 load_metadata(const uint4* pointer) {
 __device__ __forceinline__ void load_sixteen(u32 (&words)[8], const u16* pointer) {
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
-    const uint4 four = __ldg((const uint4*)(pointer + 2 * i));
+    const uint4 four = *(const uint4*)(pointer + 2 * i);
     words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
   }
 }

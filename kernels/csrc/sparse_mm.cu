@@ -15,6 +15,8 @@ struct SparseMM {
   const int* slots;
   const Shape& shape;
 
+  __device__ __forceinline__ OfColumns of_columns() const { return {A_MN ? nullptr : bias, nullptr}; }
+
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
     // A warp's block of metadata, 16 rows by a group; beyond the last row the last one: what comes of it is not stored.
     const int block = min(tile.row / 16 + (int)thread_index() / 32, (shape.tokens - 1) / 16);
@@ -44,7 +46,7 @@ struct SparseMM {
     }
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
     if (TRANSPOSED) return store_transposed(d, tile);
     const Place place = place_of(tile);
     u16* line = out + (i64)place.row * shape.columns + place.column;
@@ -54,7 +56,7 @@ struct SparseMM {
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
       const int column = RUN / 8 * i;
       if (tile.column + column >= shape.columns) return;
-      const uint4 biases = A_MN || bias == nullptr ? uint4() : biases_of(tile, place, column);
+      const uint4 biases = A_MN ? uint4() : biases_of(here.bias + column, place.column - tile.column);
       const u32 two[4] = {biases.x, biases.y, biases.z, biases.w};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -73,11 +75,11 @@ struct SparseMM {
     }
   }
 
-  // Of a thread's eight columns from `column` on, before they are exchanged.
-  __device__ __forceinline__ uint4 biases_of(const Tile& tile, const Place& place, int column) const {
-    if (!B_MN) return __ldg((const uint4*)(bias + place.column + column));
-    const u32* words = (const u32*)(bias + tile.column + column + thread_index() % 4 * 2);
-    return make_uint4(__ldg(words), __ldg(words + 4), __ldg(words + 8), __ldg(words + 12));
+  // Of a thread's eight columns, before they are exchanged.
+  __device__ __forceinline__ static uint4 biases_of(const u16* bias, int first) {
+    if (!B_MN) return *(const uint4*)(bias + first);
+    const u32* words = (const u32*)(bias + thread_index() % 4 * 2);
+    return make_uint4(words[0], words[4], words[8], words[12]);
   }
 
   // Of eight rows.

@@ -11,6 +11,8 @@ struct SparseMM {
   const float *row_scale, *weight_scale;
   const Shape& shape;
 
+  __device__ __forceinline__ OfColumns of_columns() const { return {bias, weight_scale}; }
+
   __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
     // A warp's block of metadata, 16 rows by 256 entries, two stages; beyond the last row the last one: what comes of it is not
     // stored.
@@ -48,7 +50,7 @@ struct SparseMM {
     return thread_index() % 2 ? permute_bytes<0x7632>(other, word) : permute_bytes<0x5410>(word, other);
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
     const Place place = place_of(tile);
     u16* line = out + (i64)place.row * shape.columns + place.column;
     float scales[2];
@@ -57,18 +59,20 @@ struct SparseMM {
 #pragma unroll
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
       const int column = RUN / 8 * i;
-      if (tile.column + column >= shape.columns) return;
-      const uint4 biases = bias == nullptr ? uint4() : __ldg((const uint4*)(bias + place.column + column));
-      const u32 two[4] = {biases.x, biases.y, biases.z, biases.w};
+      if (i > 0 && tile.column + column >= shape.columns) return;
+      const int at = place.column - tile.column + column;
       u32 words[2][4];
 #pragma unroll
-      for (int a = 0; a < 4; ++a) {  // two columns at a time: there are no registers to spare
-        const float2 factors = __ldg((const float2*)(weight_scale + place.column + column) + a);
+      for (int a = 0; a < 4; ++a) {
+        // volatile: not ahead of time, for which there are no registers
+        const u32 biases = ((const volatile u32*)(here.bias + at))[a];
+        const volatile float* factors = here.scale + at + 2 * a;
+        const float x = factors[0], y = factors[1];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float* v = d + 2 * i + 4 * a + 2 * half;
-          words[half][a] = pack_floats(v[0] * scales[half] * factors.x + low_float(two[a]),
-                                       v[1] * scales[half] * factors.y + high_float(two[a]));
+          words[half][a] = pack_floats(v[0] * scales[half] * x + low_float(biases),
+                                       v[1] * scales[half] * y + high_float(biases));
         }
       }
 #pragma unroll

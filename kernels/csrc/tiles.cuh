@@ -36,11 +36,12 @@ __device__ __forceinline__ bool tile_at(const Shape& shape, int position, Tile& 
 
 // A place in the ring of stages, each with a barrier that says that it is full and one that says that it is empty.
 struct Ring {
-  u32 stages, barriers;  // shared addresses; barriers of the full ones, then of the empty ones
+  u32 stages, barriers;  // shared addresses; barriers of the full ones, then of the empty ones, then one that is no stage's
   u32 at, phase;
 
   __device__ __forceinline__ u32 full() const { return barriers + 8 * at; }
   __device__ __forceinline__ u32 empty() const { return barriers + 8 * (STAGES + at); }
+  __device__ __forceinline__ u32 columns_read() const { return barriers + 16 * STAGES; }
 
   __device__ __forceinline__ void wait() const { barrier_wait(full(), phase); }
 
@@ -131,6 +132,12 @@ struct Place {
   int row, column;
 };
 
+// What there is for each column, in global memory, all of it (null: nothing), or in shared memory, a tile's (without a bias: zeros).
+struct OfColumns {
+  const u16* bias;
+  const float* scale;
+};
+
 __device__ __forceinline__ Place place_of(const Tile& tile) {
   const u32 thread = thread_index();
   return {tile.row + (int)(thread / 32 * 16 + thread % 32 / 4), tile.column + (int)(thread % 4 * (RUN / 4))};
@@ -149,12 +156,18 @@ __device__ __forceinline__ void store_codes(uint4* metadata, u32 (&codes)[4], co
   metadata[((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
 }
 
-// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`; `multiply(d, ring, tile)`, which waits for each stage
-// of a tile, releases it when it has been read, and ends when the products are in d; and `store(d, tile)`.
+// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`; `of_columns()`, of all of them;
+// `multiply(d, ring, tile)`, which waits for each stage of a tile, releases it when it has been read, and ends when the products
+// are in d; and `store(d, tile, here)`.
+//
+// What there is for each column comes with a tile's last stage, when all threads have read what there was for the tile before:
+// from global memory loads would take thousands of cycles at the end of a tile, in which nothing multiplies.
 template <class Kernel>
 __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
   extern __shared__ __align__(1024) u8 shared[];
-  __shared__ __align__(8) u64 barriers[2 * STAGES];
+  __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
+  __shared__ __align__(16) u16 biases[TILE_N];
+  __shared__ __align__(16) float scales[TILE_N];
   Ring ring = {launder(shared_address(shared)), shared_address(barriers), 0, 0};  // kept, not found again and again
 
   if (threadIdx.x == 0) {
@@ -162,8 +175,11 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
       barrier_init(ring.barriers + 8 * stage, 1);
       barrier_init(ring.barriers + 8 * (STAGES + stage), CLUSTER * WARPGROUPS);  // of all blocks: B goes to all
     }
+    barrier_init(ring.columns_read(), WARPGROUPS * 128);
     barrier_init_fence();
   }
+  const OfColumns all = kernel.of_columns();
+  if (all.bias == nullptr && threadIdx.x < TILE_N) biases[threadIdx.x] = 0;
   cluster_sync();
 
   Tile tile;
@@ -175,7 +191,12 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
         for (int k = 0; k < shape.stages; ++k) {
           const u32 a = ring.stages + ring.at * STAGE_BYTES, b = a + A_BYTES;
           barrier_wait(ring.empty(), ring.phase ^ 1);  // the first round finds all empty
-          barrier_expect_bytes(ring.full(), A_BYTES / WARPGROUPS * tile.height + B_BYTES);
+          const int columns = k == shape.stages - 1 ? min(TILE_N, shape.columns - tile.column) : 0;
+          const int bias_bytes = all.bias == nullptr ? 0 : 2 * columns, scale_bytes = all.scale == nullptr ? 0 : 4 * columns;
+          if (columns > 0) barrier_wait(ring.columns_read(), position & 1 ^ 1);
+          barrier_expect_bytes(ring.full(), A_BYTES / WARPGROUPS * tile.height + B_BYTES + bias_bytes + scale_bytes);
+          if (bias_bytes > 0) copy_bytes(shared_address(biases), all.bias + tile.column, bias_bytes, ring.full());
+          if (scale_bytes > 0) copy_bytes(shared_address(scales), all.scale + tile.column, scale_bytes, ring.full());
           bring_a(a, a_map, ring.full(), k, tile);
           bring_b(b, kernel.b_map, ring.full(), k, shape.stride, tile, cluster_rank());
           ring.next();
@@ -194,6 +215,7 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
           ring.release(ring.at);
           ring.next();
         }
+        barrier_arrive(ring.columns_read(), cluster_rank());
         continue;
       }
       float d[TILE_N / 2];
@@ -203,7 +225,8 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
       // Found again rather than kept: the loop has no registers to spare.
       position = launder(position);
       tile_at(shape, position, tile);
-      kernel.store(d, tile);
+      kernel.store(d, tile, {biases, scales});
+      barrier_arrive(ring.columns_read(), cluster_rank());
     }
   }
   cluster_sync();  // the other blocks may still arrive at our barriers
