@@ -1,6 +1,6 @@
 """How fast does a ReLU² model of 3.5 billion parameters write? A token at a time, by the neurons that fire.
 
-    python benchmarks/generate.py          on one GPU: some three minutes (estimated)
+    python benchmarks/generate.py          on one GPU: two and a half minutes
     python benchmarks/generate.py --tiny   the same in small, on a CPU: checks the script, its speeds mean nothing
 
 The model is Hugging Face's Nemotron with eight of Nemotron-4-15B's blocks (6144 x 24576; attention of 48 heads and 8
