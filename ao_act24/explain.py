@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from ao_act24 import notice
+from ao_act24 import notice, phases
 from ao_act24.capture import is_disabled, locator, run_captured
 from ao_act24.config import Act24Config, checked
 from ao_act24.passes import Report, Verdict, examine
@@ -24,7 +24,7 @@ def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | No
 
     Runs ``model(*inputs, **kwargs)`` once through Dynamo, in the current grad, autocast and training mode, and looks
     at the graphs. Afterwards the model, its buffers and torch's random state are as before. Compile caches play
-    no part.
+    no part. In a dense phase of a ``Schedule`` it says what comes after that, and notes the phase.
 
     Args:
         model: a module or function; may be compiled or transformed by ``sparsify_`` already.
@@ -59,8 +59,9 @@ def explain(model: Callable[..., Any], /, *inputs: Any, config: Act24Config | No
 
         return run
 
-    run_captured(model, inputs, kwargs, look)
-    notes = []
+    with phases.ignored():
+        run_captured(model, inputs, kwargs, look)
+    notes = ["The schedule has a dense phase now: all of it runs dense until that ends."] if phases.PHASE.dense else []
     if graphs and not verdicts:
         notes.append("No graph holds two linear layers with an activation between them.")
     if graphs == 0:

@@ -42,7 +42,7 @@ class Schedule:
     lets everything in the process that is compiled be compiled again at its next call (from torch's caches, where the
     phase makes no difference): once for each phase. Inference is dense in a dense phase, too, and ``explain`` says so.
 
-    There is one schedule at a time in a process. ``close`` ends it: 2:4 from then on.
+    There is one schedule at a time in a process: another one takes its place. ``close`` ends it: 2:4 from then on.
 
     Args:
         warmup_steps: dense optimiser steps at the start.
@@ -50,7 +50,6 @@ class Schedule:
 
     Raises:
         ValueError: a step is negative, or ``dense_from`` comes before the warm-up ends.
-        RuntimeError: another schedule is open.
     """
 
     def __init__(self, warmup_steps: int = 1000, dense_from: int | None = None) -> None:
@@ -58,8 +57,6 @@ class Schedule:
         _check_steps("warmup_steps", warmup_steps, 0)
         if dense_from is not None:
             _check_steps("dense_from", dense_from, warmup_steps)
-        if _open is not None:
-            raise RuntimeError("another ao_act24.Schedule is open in this process: close() it first")
         self.warmup_steps, self.dense_from, self.steps = warmup_steps, dense_from, 0
         _open = self
         _enter(self.dense)
@@ -91,7 +88,7 @@ class Schedule:
 
     def _go_to(self, steps: int) -> None:
         if _open is not self:
-            raise RuntimeError("this ao_act24.Schedule is closed")
+            raise RuntimeError("this ao_act24.Schedule is closed, or another one took its place in this process")
         self.steps = steps
         _enter(self.dense)
 

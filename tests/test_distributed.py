@@ -62,13 +62,20 @@ def train(rank, directory, way, weight_grads):
         run = ffns
     else:
         torch._dynamo.config.optimize_ddp = False
-        run = torch.compile(nn.parallel.DistributedDataParallel(ffns), backend=backend)
+        replicas = nn.parallel.DistributedDataParallel(ffns)
+        run = torch.compile(replicas, backend=backend)
     schedule = ao_act24.Schedule(warmup_steps=1)
     assert not our_operators(run, ffns, rank), "the first step is dense"
     schedule.step()
     ours = our_operators(run, ffns, rank)
     assert ours.count("ao_act24::grad_hidden") == 2 and "ao_act24::relu2_ffn" in ours, ours
     assert ("ao_act24::feature_wise_mm" in ours) == (weight_grads == "sparse"), ours
+    if "no_sync" in way:  # the same in two parts, the processes exchanging gradients with the second only
+        ffns.zero_grad()
+        first, second = data()[rank].split(6)
+        with replicas.no_sync():
+            (loss(run(first)) / 2).backward()
+        (loss(run(second)) / 2).backward()
     found = {name: g.full_tensor() if way.startswith("fsdp2") else g for name, g in gradients(ffns).items()}
     if rank == 0:
         torch.save(found, f"{directory}/gradients")
@@ -77,7 +84,7 @@ def train(rank, directory, way, weight_grads):
 
 
 @pytest.mark.parametrize(
-    ("way", "weight_grads"), [*itertools.product(("ddp", "fsdp2", "fsdp2 mixed"), ("dense", "sparse"))]
+    ("way", "weight_grads"), [*itertools.product(("ddp", "ddp no_sync", "fsdp2", "fsdp2 mixed"), ("dense", "sparse"))]
 )
 def test_two_processes(way, weight_grads, tmp_path):
     mp.spawn(train, (str(tmp_path), way, weight_grads), nprocs=2)
@@ -86,10 +93,11 @@ def test_two_processes(way, weight_grads, tmp_path):
     want = exact
     if weight_grads == "sparse":  # along the tokens of each process, and then the mean
         want = model(Sparse)
-        for part in data():
-            (loss(want(part)) / 2).backward()
+        parts = data().flatten(0, 1).split(6 if "no_sync" in way else 12)
+        for part in parts:
+            (loss(want(part)) / len(parts)).backward()
     tolerance = 0.03 if "mixed" in way else 1e-5  # computed in bfloat16: other entries may be the two largest
     for name, gradient in gradients(want).items():
         assert relative_error(got[name], gradient) < tolerance and got[name].dtype == torch.float32, name
     dropped = relative_error(got["0.up.weight"], gradients(exact)["0.up.weight"])
-    assert "mixed" in way or (dropped > 1e-3) == (weight_grads == "sparse")
+    assert "mixed" in way or (dropped > 1e-4) == (weight_grads == "sparse")

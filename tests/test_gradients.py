@@ -123,6 +123,33 @@ def test_training_step(weight_grads):
         assert (got.grad.float().cpu() - want.grad).norm() < 0.1 * want.grad.norm()
 
 
+@pytest.mark.parametrize("tokens", [1024, 1030])  # of which two make no four
+@pytest.mark.parametrize("weight_grads", ["dense", "sparse"])
+def test_a_step_never_waits_for_the_gpu(weight_grads, tokens):
+    """Forward, backward, optimiser and schedule: torch raises where the host would."""
+    mlp, x = MLP(dim=256, hidden=1024).cuda(), random(tokens, 256)
+    optimizer = torch.optim.AdamW(mlp.parameters(), fused=True)
+    config = ao_act24.Act24Config(emulate=True, weight_grads=weight_grads)
+    run, schedule = torch.compile(mlp, backend=ao_act24.Act24Backend(config)), ao_act24.Schedule(warmup_steps=1)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = run(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+    for _ in range(3):  # dense; compiled; as all others
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        schedule.close()
+
+
 def test_a_run_that_is_resumed(tmp_path):
     """As users train: fp32 weights under autocast, accumulated gradients, a fused optimiser, sequences, a warm-up."""
     data, config = random(6, 2, 8, 64, 256), ao_act24.Act24Config(emulate=True, weight_grads="sparse")

@@ -130,7 +130,8 @@ def test_reports():
     ffns, x = model(), torch.randn(6, 8)
     Schedule()
     report = ao_act24.explain(ffns, x)
-    assert [verdict.reason for verdict in report] == ["the schedule has a dense phase now"] * 2
+    assert [verdict.rewritten for verdict in report] == [True] * 2, "which blocks 2:4 will take"
+    assert report.notes == ("The schedule has a dense phase now: all of it runs dense until that ends.",)
     assert ao_act24.measure(ffns, x, loss=lambda out: out.sum()).layers[0].dropped > 0, "measure looks at 2:4"
     assert PHASE.dense
 
@@ -144,13 +145,43 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             Schedule(**arguments)
     schedule = Schedule()
-    with pytest.raises(RuntimeError, match=r"another .* is open"):
-        Schedule()
     with pytest.raises(ValueError, match="steps must be an integer"):
         schedule.load_state_dict({"steps": None})
     schedule.close()
     assert not PHASE.dense
     with pytest.raises(RuntimeError, match="closed"):
         schedule.step()
-    Schedule(warmup_steps=0)
+
+
+def test_another_schedule_takes_the_place_of_one_that_was_lost():
+    lost = Schedule(warmup_steps=5)
+    schedule = Schedule(warmup_steps=0)
     assert not PHASE.dense
+    with pytest.raises(RuntimeError, match="another one took its place"):
+        lost.step()
+    lost.close()
+    assert Schedule(warmup_steps=1).dense and PHASE.dense, "the lost one no longer decides"
+    with pytest.raises(RuntimeError, match="another one took its place"):
+        schedule.load_state_dict({"steps": 0})
+
+
+def test_gradient_scaling():
+    """A step that the scaler skips, its gradients having overflown, counts for the schedule as for any other."""
+    ffns, x = model(), torch.randn(6, 8)
+    run, schedule = torch.compile(ffns, backend="ao_act24", fullgraph=True), Schedule(warmup_steps=2)
+    optimizer, scaler = torch.optim.SGD(ffns.parameters(), lr=1e-3), torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for step in range(4):
+        loss = run(x).square().mean()
+        out = ffns(x) if step < 2 else in_24(ffns, x)
+        (exact,) = torch.autograd.grad(out.square().mean(), ffns[0].up.weight)
+        scaler.scale(loss * (float("inf") if step == 2 else 1)).backward()
+        before = ffns[0].up.weight.clone()
+        scaler.unscale_(optimizer)
+        if step != 2:
+            assert relative_error(ffns[0].up.weight.grad, exact) < 1e-5, step
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        schedule.step()
+        assert torch.equal(ffns[0].up.weight, before) == (step == 2)
+    assert scaler.get_scale() == 2.0**3 and not schedule.dense
