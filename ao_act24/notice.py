@@ -1,4 +1,4 @@
-"""Tell the user, once for each compiled model, that nothing in it was sped up.
+"""Tell the user, once for each compiled model, that nothing in it was sped up; and of training without a warm-up.
 
 Dynamo hands over one graph at a time and does not say whose it is, nor which is the last. The stack does: the call of
 the compiled model is on it. A graph that is all of the model is judged at once. A part, as graph breaks make them,
@@ -14,12 +14,13 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from ao_act24 import phases
 from ao_act24.config import Act24Config
 from ao_act24.passes import Act24Warning, examine, graph_modules
-from ao_act24.passes.vocabulary import as_linear
+from ao_act24.passes.vocabulary import as_linear, value
 
 
 @dataclass
@@ -50,10 +51,13 @@ _models: WeakKeyDictionary[Any, _Model] = WeakKeyDictionary()
 def watch(gm: GraphModule, config: Act24Config) -> Callable[[Any], Any]:
     """Warn if the model that ``gm``, a graph of Dynamo's, belongs to stays dense. Decorates its compiled form.
 
-    In a dense phase: if it would stay dense after it, too.
+    In a dense phase: if it would stay dense after it, too. And warn when it trains in 2:4 and there was no schedule.
     """
     with phases.ignored():
-        verdicts = [verdict for _, verdict in examine(gm, config)]
+        sites = examine(gm, config)
+    verdicts = [verdict for _, verdict in sites]
+    trains = any(verdict.rewritten and site.relu2 and value(site.relu2.h).requires_grad for site, verdict in sites)
+    decorate = _when_it_trains if trains else _as_it_is
     model, call, outermost = _being_compiled()
     model.rewritten |= any(verdict.rewritten for verdict in verdicts)
     model.reasons |= {verdict.reason for verdict in verdicts}
@@ -64,8 +68,8 @@ def watch(gm: GraphModule, config: Act24Config) -> Callable[[Any], Any]:
     if whole and (verdicts or linears > 1):
         model.judge(note)
     if whole or not (verdicts or linears):
-        return _as_it_is
-    return functools.partial(_at_a_later_call, model, call, note)
+        return decorate
+    return lambda compiled: _at_a_later_call(model, call, note, decorate(compiled))
 
 
 def _as_it_is(compiled: Any) -> Any:
@@ -80,6 +84,32 @@ def _at_a_later_call(model: _Model, call: ref[_Call], note: str, compiled: Calla
         return compiled(*args)
 
     return run
+
+
+def _when_it_trains(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        out = compiled(*args)
+        if not phases.PHASE.scheduled:
+            for each in out:
+                if isinstance(each, Tensor) and each.requires_grad:
+                    each.register_hook(_unscheduled)
+        return out
+
+    return run
+
+
+def _unscheduled(gradient: Tensor) -> None:
+    if not phases.PHASE.scheduled:
+        phases.PHASE.scheduled = True  # said once
+        warnings.warn(UNSCHEDULED, Act24Warning, stacklevel=2)
+
+
+UNSCHEDULED = (
+    "A model trains in 2:4, and there is no ao_act24.Schedule. A new model needs dense steps first, until most of its "
+    "activations are zero, or it learns less: schedule = ao_act24.Schedule(warmup_steps=1000), and schedule.step() "
+    "after each optimizer.step(). Of a model that is sparse already, ao_act24.Schedule(0) says so."
+)
 
 
 def _being_compiled() -> tuple[_Model, ref[_Call], bool]:

@@ -9,6 +9,7 @@ import torch
 
 class _Phase:
     dense = False  # everything stays dense for now; one for the process, as compiled graphs are
+    scheduled = False  # there has been a schedule
 
 
 PHASE = _Phase()
@@ -43,6 +44,7 @@ class Schedule:
     phase makes no difference): once for each phase. Inference is dense in a dense phase, too, and ``explain`` says so.
 
     There is one schedule at a time in a process: another one takes its place. ``close`` ends it: 2:4 from then on.
+    Training in 2:4 without one gives a warning, once; of a model that is sparse already, ``Schedule(0)`` says so.
 
     Args:
         warmup_steps: dense optimiser steps at the start.
@@ -58,7 +60,7 @@ class Schedule:
         if dense_from is not None:
             _check_steps("dense_from", dense_from, warmup_steps)
         self.warmup_steps, self.dense_from, self.steps = warmup_steps, dense_from, 0
-        _open = self
+        _open, PHASE.scheduled = self, True
         _enter(self.dense)
 
     @property

@@ -11,7 +11,7 @@ from mlp import MLP, check
 from torch import nn
 
 import ao_act24
-from ao_act24 import Act24Pass
+from ao_act24 import Act24Pass, phases
 
 
 def test_zero_rewrites_are_said_once():
@@ -148,3 +148,24 @@ def test_ddp_that_splits_graphs_is_named(tmp_path):
             assert report.rewritten and not report.notes
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_training_without_a_schedule(monkeypatch):
+    """Said once, at the first backward: not of inference under grad mode, nor where there was a schedule."""
+    monkeypatch.setattr(phases.PHASE, "scheduled", False)
+    run, x = torch.compile(MLP(), backend="ao_act24", fullgraph=True), torch.randn(4, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ao_act24.Act24Warning)
+        out = run(x)
+        with torch.no_grad():
+            run(x)
+    with pytest.warns(ao_act24.Act24Warning, match=r"no ao_act24.Schedule. .* dense steps first"):
+        out.sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ao_act24.Act24Warning)
+        run(x).sum().backward()
+        phases.PHASE.scheduled = False
+        out = run(x)
+        ao_act24.Schedule(0).close()
+        out.sum().backward()
+        run(x).sum().backward()
