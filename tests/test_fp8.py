@@ -3,6 +3,7 @@
 python -m pytest tests/test_fp8.py
 """
 
+import itertools
 import threading
 
 import pytest
@@ -218,6 +219,33 @@ def test_first_matmul_in_tiles_of_any_height_in_turn(rows, clusters, monkeypatch
     tokens = made_of(rows, monkeypatch, clusters)
     check_first(*first_operands(tokens, 320, 2176, whole=True))
     check_first(*first_operands(tokens, 1088, 1088, whole=True))
+
+
+@pytest.mark.parametrize("clusters", [1, 2])
+@pytest.mark.parametrize("depth", [64, 128, 256, 640, 704])
+@pytest.mark.parametrize("rows", [(3, 1, 2), (1, 2, 2), (1, 1, 1)], ids=str)
+def test_tiles_of_few_stages(rows, depth, clusters, monkeypatch):
+    """Fewer than the ring holds, as many and more, in many tiles of a block one after another: what there is for
+    columns, brought in beside the stages, is that of the tile."""
+    tokens = made_of(rows, monkeypatch, clusters)
+    first = first_operands(tokens, depth, 1088, whole=True)
+    x, x_scale, weight, weight_scale, bias, dtype = first
+    second = *reference.sparsify(x.float()), x_scale, weight, weight_scale, bias, dtype
+    second = second[0].to(E4M3), *second[1:]
+    wanted = reference.linear_relu2_sparsify_fp8(*first), (reference.sparse_mm_fp8(*second),)
+    for _ in range(20):
+        got = cuda.linear_relu2_sparsify_fp8(*first), (cuda.sparse_mm_fp8(*second),)
+        for a, b in zip(itertools.chain(*got), itertools.chain(*wanted)):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_first_matmul_of_a_negative_that_rounds_to_zero():
+    """-2**-30 is -0 in fp16, which must not count as large."""
+    x, weight = (torch.ones(64, 16, device="cuda").to(E4M3) for _ in range(2))
+    weight[::4] = -weight[::4].float()
+    x_scale, weight_scale = (torch.full((64,), 2.0**-17, device="cuda") for _ in range(2))
+    weight_scale[1::2] = 1
+    check_first(x, x_scale, weight, weight_scale, None, torch.float16)
 
 
 def test_first_matmul_of_extreme_values():

@@ -281,6 +281,24 @@ def test_tiles_of_any_height_in_turn(rows, clusters, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(cuda.linear_relu2_sparsify(x, weight), want))
 
 
+@pytest.mark.parametrize("clusters", [1, 2])
+@pytest.mark.parametrize("depth", [64, 128, 256, 320, 384])
+@pytest.mark.parametrize("rows", [(3, 1, 2), (1, 2, 2), (1, 1, 1)], ids=str)
+def test_tiles_of_few_stages(rows, depth, clusters, monkeypatch):
+    """Fewer than the ring holds, as many and more, in many tiles of a block one after another: biases, brought in
+    beside the stages, are those of the tile. Small integers, so that no sum is rounded."""
+    tokens = made_of(rows, monkeypatch, clusters)
+    x, up = torch.randint(-1, 2, (tokens, depth), device="cuda"), torch.randint(-1, 2, (1088, depth), device="cuda")
+    bias = torch.randint(-9, 3, (1088,), device="cuda").bfloat16()
+    want = reference.linear_relu2_sparsify(x.bfloat16(), up.bfloat16(), bias)
+    hidden, codes = reference.sparsify(x.bfloat16())
+    second = reference.sparse_mm(hidden, codes, up.bfloat16(), bias)
+    for _ in range(20):
+        got = cuda.linear_relu2_sparsify(x.bfloat16(), up.bfloat16(), bias)
+        assert all(map(torch.equal, got, want))
+        assert torch.equal(cuda.sparse_mm(hidden, codes, up.bfloat16(), bias), second)
+
+
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_thousands_of_launches(rows, monkeypatch):
     """Tiles of which one, two or three warpgroups work, one after another: that no wait is ever missed."""
