@@ -315,11 +315,11 @@ def feature_wise(
     packed, metadata = _aligned(packed), _aligned(metadata)
     wise, codes, parts, left = (_empty(*shape) for shape in plan.outputs)
     plan.launch(*(tensor.data_ptr() for tensor in (packed, metadata, wise, codes, parts, left)))
-    totals, more = parts.sum(0, dtype=parts.dtype), tokens % 4
-    if more:  # one to three rows of the last block of metadata
-        whole = tokens - more
+    totals, whole = parts.sum(0, dtype=parts.dtype), reference.in_whole_groups(tokens, stride)
+    if whole < tokens:  # one to four rows of the last block of metadata
+        wise[whole // 2 :] = 0
         rows = layout.to_rows(metadata[-16:], tokens - whole // 16 * 16, hidden_dim)[whole % 16 :]
-        left[:more] = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
+        left[: tokens - whole] = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
         totals += reference.total(left, counted)
     return wise, codes, totals, left
 
@@ -369,7 +369,7 @@ def feature_wise_mm(
         exact.data_ptr(),
         slots.data_ptr(),
     )
-    rest = dense[2 * packed.shape[0] :]
+    rest = dense[reference.in_whole_groups(dense.shape[0], stride) :]
     if rest.shape[0]:
         of_rest = left[: rest.shape[0]].masked_fill(slots >= 0, 0)
         (out.t() if transposed else out).addmm_(of_rest.t(), rest)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compile, launch, layout, schedule
+from . import compile, launch, layout, reference, schedule
 from .launch import POINTER, Launch, TensorMap
 from .schedule import CLUSTER, TILE_COLUMNS, TILE_ROWS
 
@@ -136,10 +136,11 @@ def _feature_wise(
         contiguous((whole // 2, hidden_dim), dtype),
         contiguous(layout.metadata_shape((hidden_dim, whole)), torch.uint8),
         contiguous((-(-whole // 256), hidden_dim), torch.int32 if counted else torch.float32),  # totals of blocks
-        contiguous((3, hidden_dim), dtype),
+        contiguous((4, hidden_dim), dtype),
     )
-    # packed, metadata, the outputs, quarter, columns, stride
-    arguments = (*[POINTER] * 6, *map(ctypes.c_int64, (tokens // 4, hidden_dim, stride)))
+    # packed, metadata, the outputs, groups, columns, stride
+    groups = reference.in_whole_groups(tokens, stride) // 4
+    arguments = (*[POINTER] * 6, *map(ctypes.c_int64, (groups, hidden_dim, stride)))
     grid = -(-hidden_dim // 256), -(-whole // 256)
     return _Simple(outputs, Launch(index, kernel, grid, _THREADS, 0, arguments))
 

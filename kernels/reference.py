@@ -200,22 +200,24 @@ def feature_wise(
     """Token-wise 2:4 to feature-wise: of every four tokens the two entries of largest magnitude, for each feature.
 
     The tokens of a group are ``group_stride`` apart, which have little to do with each other, or, not ``permuted``,
-    neighbours. Groups are in the order of their first tokens. Up to three tokens are left over.
+    neighbours. Groups are in the order of their first tokens. Up to four tokens are left over.
 
     Returns:
-        packed: ``[2 Q, H]``: rows 2 j and 2 j + 1 are what was kept of group j.
+        packed: ``[2 Q, H]``, Q being ``tokens // 4``: rows 2 j and 2 j + 1 are what was kept of group j; zeros of the
+            last one where four tokens are left over.
         metadata: of ``[H, 4 Q]``, a row a feature: as in ``layout``.
         totals: ``[H]``: of each feature, over all tokens, before: if ``counted`` the number of non-zeros, int32, else
             the sum, fp32 (fp64 of fp64).
-        left: ``[3, H]``, dense: the last ``tokens % 4`` tokens, then zeros. (Of one size: no graph depends on it.)
+        left: ``[4, H]``, dense: the tokens left over, then zeros. (Of one size: no graph depends on it.)
     """
     dense = unpack(packed, metadata)
     stride = group_stride(dense.shape) if permuted else 0
     dense = dense.reshape(-1, dense.shape[-1])
-    whole = dense.shape[0] // 4 * 4
+    whole = in_whole_groups(dense.shape[0], stride)
     rows = in_groups(dense[:whole], stride).flatten(0, 1).t()
+    rows = torch.nn.functional.pad(rows, (0, dense.shape[0] // 4 * 4 - whole))
     index = two_largest(rows)
-    left = torch.cat([dense[whole:], dense.new_zeros(3 - dense[whole:].shape[0], dense.shape[1])])
+    left = torch.cat([dense[whole:], dense.new_zeros(4 - dense[whole:].shape[0], dense.shape[1])])
     return take(rows, index).t().contiguous(), layout.encode(index), total(dense, counted), left
 
 
@@ -230,7 +232,9 @@ def group_stride(shape: Sequence[int]) -> int:
     """How far apart the tokens of a group are, of ``[..., sequence, H]``: a quarter of all tokens, if it can be.
 
     Not where a quarter is a whole number of sequences: what fires at a place, such as a first token, would fire in all
-    four. Then it is an odd number of half sequences, so that two of them are at another place and two in another one.
+    four. Then it is an odd number of half sequences, so that two of them are at another place and two in another one; or,
+    where that is no multiple of sixteen, which kernels bring in together, one less than a quarter: all are at other places,
+    and four tokens are left over.
     """
     tokens = math.prod(shape[:-1])
     length = shape[-2] if len(shape) > 2 else tokens
@@ -238,7 +242,13 @@ def group_stride(shape: Sequence[int]) -> int:
         return tokens // 4
     sequences = tokens // length
     odd = sequences // (sequences & -sequences)
-    return tokens // 4 if odd * length % 32 else odd * length // 2  # whole boxes of sixteen
+    quarter = tokens // 4
+    return odd * length // 2 if odd * length % 32 == 0 else quarter - (quarter > 2)
+
+
+def in_whole_groups(tokens: int, stride: int) -> int:
+    """Of how many tokens groups are made, the others being left over."""
+    return tokens // (4 * stride) * 4 * stride if stride else tokens // 4 * 4
 
 
 def in_groups(tokens: Tensor, stride: int) -> Tensor:
@@ -278,9 +288,9 @@ def feature_wise_mm(
     rows = unpack(packed.t(), metadata).to(wide)
     stride = group_stride(dense.shape) if permuted else 0
     dense = dense.reshape(-1, dense.shape[-1])
-    groups = in_groups(dense[: rows.shape[1]].to(wide), stride)
-    rest = dense[rows.shape[1] :].to(wide)
-    out = (rows @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
+    whole = in_whole_groups(dense.shape[0], stride)
+    groups, rest = in_groups(dense[:whole].to(wide), stride), dense[whole:].to(wide)
+    out = (rows[:, :whole] @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
     out[slots >= 0] = exact[slots[slots >= 0]]
     return out.t().contiguous() if transposed else out
 

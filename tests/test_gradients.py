@@ -53,7 +53,11 @@ def test_every_root(dtype):
 @pytest.mark.parametrize("permuted", [True, False])
 @pytest.mark.parametrize(
     "sequences, size",
-    [*((1, size) for size in GRADIENT_SIZES), (8, (512, 128, 320)), (12, (3072, 320, 576)), (4, (4096, 64, 64))],
+    [
+        *((1, size) for size in GRADIENT_SIZES),
+        *((8, (512, 128, 320)), (12, (3072, 320, 576)), (4, (4096, 64, 64))),
+        *((4, (260, 64, 64)), (8, (8184, 128, 320)), (16, (16 * 33, 64, 192))),  # four tokens are left over
+    ],
     ids=str,
 )
 def test_feature_wise(sequences, size, permuted, dtype):

@@ -34,7 +34,7 @@ struct Sums {
 // TOGETHER: of each token of a group the rows of all four groups are in the same half block of metadata.
 template <bool TOGETHER, class Totals>
 __device__ __forceinline__ void regroup(const u16* packed, const u8* metadata, u16* wise, u32 (&codes)[4], Totals (&totals)[4],
-                                        const uint2* selectors, i64 group, i64 quarter, i64 column, i64 columns, u32 stride) {
+                                        const uint2* selectors, i64 group, i64 groups, i64 column, i64 columns, u32 stride) {
   const i64 padded_columns = (columns + 255) / 256 * 256;
   const i64 begin = stride ? group + (u32)group / stride * (i64)stride * 3 : 4 * group;
   uint2 twos[4][4];  // of each group, of each token: four kept entries
@@ -46,7 +46,7 @@ __device__ __forceinline__ void regroup(const u16* packed, const u8* metadata, u
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const i64 row = first + (stride ? i : 4 * i);
-      const bool inside = TOGETHER || group + i < quarter;
+      const bool inside = TOGETHER || group + i < groups;
       if (!TOGETHER && inside) place = metadata + 2 * metadata_half(row, padded_columns, column) + column / 8 % 2;
       twos[i][token] = inside ? __ldg((const uint2*)(packed + row * (columns / 2) + column / 2)) : make_uint2(0, 0);
       bytes[i][token] = inside ? __ldg(place + (TOGETHER ? 64 * i : 0)) : 0x44;
@@ -74,17 +74,17 @@ __device__ __forceinline__ void regroup(const u16* packed, const u8* metadata, u
       upper[two] = kept.first(v[two][0], v[two][1], v[two][2]), lower[two] = kept.second(v[two][1], v[two][2], v[two][3]);
       codes[two] |= kept.codes(4 * i);
     }
-    if (!TOGETHER && group + i >= quarter) continue;
+    if (!TOGETHER && group + i >= groups) continue;
     u16* to = wise + 2 * (group + i) * columns + column;
     store_four(to, make_uint4(upper[0], upper[1], upper[2], upper[3]));
     store_four(to + columns, make_uint4(lower[0], lower[1], lower[2], lower[3]));
   }
 }
 
-// totals: [blocks of GROUPS, columns]; left: [3, columns], zeros.
+// totals: [blocks of GROUPS, columns]; left: [4, columns], zeros.
 template <class Totals, class Total>
 __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* wise_metadata, Total* totals,
-                                             u16* left, i64 quarter, i64 columns, u32 stride) {
+                                             u16* left, i64 groups, i64 columns, u32 stride) {
   constexpr int LINE = 256 + 8;  // halves: a block of 16 features by 256 entries, and a shift to other banks
   __shared__ __align__(16) u16 codes[FEATURES / 16 * LINE];
   __shared__ Total warp_totals[8][FEATURES];
@@ -98,12 +98,12 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
   for (int four = warp; four < GROUPS / 4; four += 8) {  // groups
     const i64 group = (i64)blockIdx.y * GROUPS + 4 * four;
     u32 two_codes[4] = {};  // nothing kept of nothing: zeros keep their first two
-    if (column >= columns || group >= quarter) {
+    if (column >= columns || group >= groups) {
       for (u32& word : two_codes) word = 0x44444444u;
     } else if (stride && stride % 4 == 0) {
-      regroup<true>(packed, metadata, wise, two_codes, mine, selectors, group, quarter, column, columns, stride);
+      regroup<true>(packed, metadata, wise, two_codes, mine, selectors, group, groups, column, columns, stride);
     } else {
-      regroup<false>(packed, metadata, wise, two_codes, mine, selectors, group, quarter, column, columns, stride);
+      regroup<false>(packed, metadata, wise, two_codes, mine, selectors, group, groups, column, columns, stride);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -119,7 +119,7 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
     Total total = 0;  // in a fixed order
     for (int i = 0; i < 8; ++i) total += warp_totals[i][threadIdx.x];
     totals[blockIdx.y * columns + feature] = total;
-    for (int token = 0; blockIdx.y == 0 && token < 3; ++token) left[token * columns + feature] = 0;
+    for (int token = 0; blockIdx.y == 0 && token < 4; ++token) left[token * columns + feature] = 0;
   }
   // whole lines: 32 times 16 bytes a block of 16 features
   for (int i = threadIdx.x; i < FEATURES / 16 * 32; i += 256) {
@@ -130,12 +130,12 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     feature_wise_counts(const u16* __restrict__ packed, const u8* __restrict__ metadata, u16* __restrict__ wise,
-                        uint4* __restrict__ wise_metadata, int* __restrict__ counts, u16* __restrict__ left, i64 quarter, i64 columns, i64 stride) {
-  feature_wise<Counts>(packed, metadata, wise, wise_metadata, counts, left, quarter, columns, stride);
+                        uint4* __restrict__ wise_metadata, int* __restrict__ counts, u16* __restrict__ left, i64 groups, i64 columns, i64 stride) {
+  feature_wise<Counts>(packed, metadata, wise, wise_metadata, counts, left, groups, columns, stride);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     feature_wise_sums(const u16* __restrict__ packed, const u8* __restrict__ metadata, u16* __restrict__ wise,
-                      uint4* __restrict__ wise_metadata, float* __restrict__ sums, u16* __restrict__ left, i64 quarter, i64 columns, i64 stride) {
-  feature_wise<Sums>(packed, metadata, wise, wise_metadata, sums, left, quarter, columns, stride);
+                      uint4* __restrict__ wise_metadata, float* __restrict__ sums, u16* __restrict__ left, i64 groups, i64 columns, i64 stride) {
+  feature_wise<Sums>(packed, metadata, wise, wise_metadata, sums, left, groups, columns, stride);
 }
