@@ -232,9 +232,9 @@ def group_stride(shape: Sequence[int]) -> int:
     """How far apart the tokens of a group are, of ``[..., sequence, H]``: a quarter of all tokens, if it can be.
 
     Not where a quarter is a whole number of sequences: what fires at a place, such as a first token, would fire in all
-    four. Then it is an odd number of half sequences, so that two of them are at another place and two in another one; or,
-    where that is no multiple of sixteen, which kernels bring in together, one less than a quarter: all are at other places,
-    and four tokens are left over.
+    four. Then it is an odd number of half sequences, so that two of them are at another place and two in another one;
+    or, where that is no multiple of sixteen, which kernels bring in together, one less than a quarter: all are at other
+    places, and four tokens are left over.
     """
     tokens = math.prod(shape[:-1])
     length = shape[-2] if len(shape) > 2 else tokens

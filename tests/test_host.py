@@ -190,7 +190,10 @@ def test_squaring_to_fp8(tokens, hidden_dim, host):
 @pytest.mark.parametrize("permuted", [True, False])
 @pytest.mark.parametrize(
     ("sequences", "tokens", "hidden_dim"),
-    [(1, 4, 64), (1, 130, 192), (1, 1030, 128), (1, 1072, 576), (8, 512, 128), (12, 768, 64), (4, 260, 64), (8, 264, 192)],
+    [
+        *((1, 4, 64), (1, 130, 192), (1, 1030, 128), (1, 1072, 576)),
+        *((8, 512, 128), (12, 768, 64), (4, 260, 64), (8, 264, 192)),
+    ],
 )
 def test_feature_wise(sequences, tokens, hidden_dim, permuted, counted, host):
     h = hidden(tokens, hidden_dim)

@@ -139,7 +139,8 @@ def test_permutation_on_correlated_tokens():
     [
         ((24,), 6), ((1, 64), 16), ((3, 64), 48), ((6, 64), 96),  # a quarter is no whole number of sequences
         ((4, 64), 32), ((8, 64), 32), ((2, 4, 64), 32), ((12, 64), 96), ((20, 32), 80), ((16, 1024), 512),
-        ((4, 16), 15), ((8, 33), 65), ((8, 1023), 2045), ((4, 2), 2), ((4, 1), 1), ((0, 64), 0), ((4, 0), 0),  # no whole sixteens
+        ((4, 16), 15), ((8, 33), 65), ((8, 1023), 2045), ((4, 2), 2), ((4, 1), 1),  # no whole sixteens
+        ((0, 64), 0), ((4, 0), 0),
     ],
 )  # fmt: skip
 def test_how_far_apart_the_tokens_of_a_group_are(shape, apart):
@@ -154,7 +155,9 @@ def test_how_far_apart_the_tokens_of_a_group_are(shape, apart):
         assert ((places[:, :1] == places).sum(1) <= 2).all()
 
 
-@pytest.mark.parametrize("sequences, length, apart", [(4, 64, 32), (6, 64, 96), (12, 64, 96), (4, 33, 32), (8, 63, 125)])
+@pytest.mark.parametrize(
+    "sequences, length, apart", [(4, 64, 32), (6, 64, 96), (12, 64, 96), (4, 33, 32), (8, 63, 125)]
+)
 def test_sequences(sequences, length, apart):
     """The whole gradient of a weight against a loop, where the operator knows where sequences begin."""
     packed, metadata = ops.relu2_sparsify(torch.randn(sequences, length, H, dtype=F64))
