@@ -1,6 +1,6 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 30 minutes (estimated)
+    python benchmarks/hopper.py                  the whole table and its plots: some 35 minutes
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
     python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, fp8,
                                                  decode, decode-fp8
