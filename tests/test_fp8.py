@@ -228,10 +228,9 @@ def test_tiles_of_few_stages(rows, depth, clusters, monkeypatch):
     """Fewer than the ring holds, as many and more, in many tiles of a block one after another: what there is for
     columns, brought in beside the stages, is that of the tile."""
     tokens = made_of(rows, monkeypatch, clusters)
-    first = first_operands(tokens, depth, 1088, whole=True)
-    x, x_scale, weight, weight_scale, bias, dtype = first
-    second = *reference.sparsify(x.float()), x_scale, weight, weight_scale, bias, dtype
-    second = second[0].to(E4M3), *second[1:]
+    first = x, *rest = first_operands(tokens, depth, 1088, whole=True)
+    hidden, codes = reference.sparsify(x.float())
+    second = hidden.to(E4M3), codes, *rest
     wanted = reference.linear_relu2_sparsify_fp8(*first), (reference.sparse_mm_fp8(*second),)
     for _ in range(20):
         got = cuda.linear_relu2_sparsify_fp8(*first), (cuda.sparse_mm_fp8(*second),)

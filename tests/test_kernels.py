@@ -288,15 +288,13 @@ def test_tiles_of_few_stages(rows, depth, clusters, monkeypatch):
     """Fewer than the ring holds, as many and more, in many tiles of a block one after another: biases, brought in
     beside the stages, are those of the tile. Small integers, so that no sum is rounded."""
     tokens = made_of(rows, monkeypatch, clusters)
-    x, up = torch.randint(-1, 2, (tokens, depth), device="cuda"), torch.randint(-1, 2, (1088, depth), device="cuda")
+    x, up = (torch.randint(-1, 2, (n, depth), device="cuda").bfloat16() for n in (tokens, 1088))
     bias = torch.randint(-9, 3, (1088,), device="cuda").bfloat16()
-    want = reference.linear_relu2_sparsify(x.bfloat16(), up.bfloat16(), bias)
-    hidden, codes = reference.sparsify(x.bfloat16())
-    second = reference.sparse_mm(hidden, codes, up.bfloat16(), bias)
+    hidden = reference.sparsify(x)
+    first, second = reference.linear_relu2_sparsify(x, up, bias), reference.sparse_mm(*hidden, up, bias)
     for _ in range(20):
-        got = cuda.linear_relu2_sparsify(x.bfloat16(), up.bfloat16(), bias)
-        assert all(map(torch.equal, got, want))
-        assert torch.equal(cuda.sparse_mm(hidden, codes, up.bfloat16(), bias), second)
+        assert all(map(torch.equal, cuda.linear_relu2_sparsify(x, up, bias), first))
+        assert torch.equal(cuda.sparse_mm(*hidden, up, bias), second)
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)

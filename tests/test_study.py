@@ -128,7 +128,6 @@ def test_a_step_of_each_arm_runs_what_the_arm_is_called(monkeypatch):
 @pytest.mark.parametrize(("over", "within"), [([0.01, 0.02, 0.03], True), ([0.02, 0.03, 0.05], False), ([0.01], None)])
 def test_within_the_spread_of_dense(over, within):
     """Of the same seeds, on average, against the largest difference between dense ones, 0.03 here."""
-
     spec = importlib.util.spec_from_file_location("of_study", STUDY / "plot.py")  # there is another plot.py
     plot = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plot)
