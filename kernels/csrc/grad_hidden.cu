@@ -15,21 +15,25 @@ struct GradHidden {
 
   __device__ __forceinline__ OfColumns of_columns() const { return {nullptr, nullptr}; }
 
-  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
+  __device__ __forceinline__ uint4 of_rows(const Tile& tile) const {
+    const int block = min(place_of(tile).row / 16, (shape.tokens - 1) / 16);
+    return __ldg(metadata + ((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32);
+  }
+
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Meanwhile& meanwhile) const {
     // What the end of the tile reads of a warp's 16 rows: two lines of packed each, and four of metadata.
     const int thread = thread_index(), first = tile.row + thread / 32 * 16, lane = thread % 32;
     const int row = first + lane / 2, column = tile.column + lane % 2 * 128;
     if (row < shape.tokens && column < shape.columns) prefetch(packed + ((i64)row * shape.columns + column) / 2);
     if (lane < 4 && first < shape.tokens) prefetch(metadata + ((i64)(first / 16) * shape.column_tiles + tile.column / TILE_N) * 32 + 8 * lane);
-    multiply_dense(d, ring, shape.stages);
+    multiply_dense(d, ring, shape.stages, meanwhile);
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const uint4& rows, const Ring& ring) const {
     const Place place = place_of(tile);
-    const int block = min(place.row / 16, (shape.tokens - 1) / 16);
     const i64 line = (i64)place.row * (shape.columns / 2) + place.column / 2;
-    const uint4 all = __ldg(metadata + ((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32);
-    const u32 codes[4] = {all.x, all.y, all.z, all.w};
+    const u32 codes[4] = {rows.x, rows.y, rows.z, rows.w};
     const auto squares_of = [&](int s, int half) {
       const bool inside = place.row + 8 * half < shape.tokens && tile.column + 64 * s < shape.columns;
       return inside ? __ldg((const uint4*)(packed + line + 8 * half * (i64)(shape.columns / 2) + 32 * s)) : uint4();
@@ -50,7 +54,6 @@ struct GradHidden {
         exchange(words[0]), exchange(words[1]);
         const u32 square[4] = {squares[half].x, squares[half].y, squares[half].z, squares[half].w};
         if (s == 1 || s == 2) squares[half] = squares_of(s + 1, half);  // ahead, now that there are registers
-        if (place.row + 8 * half >= shape.tokens) continue;
         u32 kept[4];
 #pragma unroll
         for (int group = 0; group < 4; ++group) {
@@ -60,7 +63,8 @@ struct GradHidden {
           const u32 roots = pack_floats(root(low_float(square[group])), root(high_float(square[group])));
           kept[group] = pack_floats(low_float(two) * (2 * low_float(roots)), high_float(two) * (2 * high_float(roots)));
         }
-        store_four(out + line + 8 * half * (i64)(shape.columns / 2) + 32 * s, make_uint4(kept[0], kept[1], kept[2], kept[3]));
+        u16* to = out + line + 8 * half * (i64)(shape.columns / 2) + 32 * s;
+        if (place.row + 8 * half < shape.tokens) store_four(to, make_uint4(kept[0], kept[1], kept[2], kept[3]));
       }
     }
   }

@@ -40,10 +40,10 @@ __device__ __forceinline__ Two two_of_four(u32 k0, u32 k1, u32 k2, u32 k3) {
 
 struct Kept {
   u32 first, second;  // squared
-  u32 codes;          // 4 bits of each half
+  u32 codes;          // 4 bits of each half, from bit `at` on
 };
 
-__device__ __forceinline__ Kept keep_two_of_four(u32 k0, u32 k1, u32 k2, u32 k3) {
+__device__ __forceinline__ Kept keep_two_of_four(u32 k0, u32 k1, u32 k2, u32 k3, int at = 0) {
   const Two two = two_of_four(k0, k1, k2, k3);
-  return {square(two.first(k0, k1, k2)), square(two.second(k1, k2, k3)), two.codes(0)};
+  return {square(two.first(k0, k1, k2)), square(two.second(k1, k2, k3)), two.codes(at)};
 }

@@ -16,11 +16,14 @@ struct LinearRelu2Sparsify {
 
   __device__ __forceinline__ OfColumns of_columns() const { return {bias, nullptr}; }
 
-  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
-    multiply_dense(d, ring, shape.stages);
+  __device__ __forceinline__ NoRows of_rows(const Tile& tile) const { return {}; }
+
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Meanwhile& meanwhile) const {
+    multiply_dense(d, ring, shape.stages, meanwhile);
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const NoRows&, const Ring& ring) const {
     const Place place = place_of(tile);
     const int row = place.row;
     u16* line = packed + (i64)row * (shape.columns / 2) + place.column / 2;
@@ -29,23 +32,23 @@ struct LinearRelu2Sparsify {
     for (int s = 0; s < 4; ++s) {
       codes[s] = 0x44444444u;
       if (s > 0 && tile.column + 64 * s >= shape.columns) continue;
-      u32 biases[8], upper[4], lower[4];
-      load_sixteen(biases, here.bias + place.column - tile.column + 64 * s);
-      u32 word = 0;
+      const u32 biases = ring.biases() + 2 * (place.column - tile.column + 64 * s);
+      u32 upper[4], lower[4], word = 0;
 #pragma unroll
       for (int group = 0; group < 4; ++group) {
+        const uint2 four_biases = load_shared_two(biases + 8 * group);
+        const u32 two[2] = {four_biases.x, four_biases.y};
         u32 k[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* v = d + 32 * s + 8 * group + i / 2 * 4 + i % 2;
-          const u32 two = biases[2 * group + i / 2];
-          const float one = i % 2 ? high_float(two) : low_float(two);
-          k[i] = relu(pack_floats(v[0] + one, v[2] + one));
+          const float one = i % 2 ? high_float(two[i / 2]) : low_float(two[i / 2]);
+          k[i] = pack_relu(v[0] + one, v[2] + one);
         }
-        const Kept kept = keep_two_of_four(k[0], k[1], k[2], k[3]);
+        const Kept kept = keep_two_of_four(k[0], k[1], k[2], k[3], 4 * group);
         upper[group] = permute_bytes<0x5410>(kept.first, kept.second);
         lower[group] = permute_bytes<0x7632>(kept.first, kept.second);
-        word |= kept.codes << (4 * group);
+        word |= kept.codes;
       }
       codes[s] = word;
       if (row < shape.tokens) store_four(line + 32 * s, make_uint4(upper[0], upper[1], upper[2], upper[3]));

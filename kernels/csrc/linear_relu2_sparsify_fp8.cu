@@ -19,16 +19,20 @@ struct LinearRelu2Sparsify {
 
   __device__ __forceinline__ OfColumns of_columns() const { return {bias, weight_scale}; }
 
-  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
-    multiply_dense<true>(d, ring, shape.stages);
+  __device__ __forceinline__ float2 of_rows(const Tile& tile) const {
+    const int row = place_of(tile).row, last = shape.tokens - 1;
+    return make_float2(__ldg(x_scale + min(row, last)), __ldg(x_scale + min(row + 8, last)));
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Meanwhile& meanwhile) const {
+    multiply_dense<true>(d, ring, shape.stages, meanwhile);
+  }
+
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const float2& scales, const Ring& ring) const {
     const Place place = place_of(tile);
     const int row = place.row;
     u16* line = kept + (i64)row * (shape.columns / 2) + place.column / 2;
-    const float upper_scale = __ldg(x_scale + min(row, shape.tokens - 1));
-    const float lower_scale = __ldg(x_scale + min(row + 8, shape.tokens - 1));
     u32 codes[4], largest = 0;  // of row g in the low, of row g + 8 in the high half
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
@@ -38,23 +42,24 @@ struct LinearRelu2Sparsify {
       u32 upper[4], lower[4], word = 0;
 #pragma unroll
       for (int group = 0; group < 4; ++group) {
-        const uint2 two = ((const uint2*)(here.bias + column))[group];
+        const uint2 two = load_shared_two(ring.biases() + 2 * column + 8 * group);
         const u32 biases[2] = {two.x, two.y};
-        const float4 factors = ((const float4*)(here.scale + column))[group];
-        const float of_columns[4] = {factors.x, factors.y, factors.z, factors.w};
+        const uint4 factors = load_shared_four(ring.scales() + 4 * column + 16 * group);
+        const float of_columns[4] = {__uint_as_float(factors.x), __uint_as_float(factors.y), __uint_as_float(factors.z),
+                                     __uint_as_float(factors.w)};
         u32 k[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* v = d + 32 * s + 8 * group + i / 2 * 4 + i % 2;
           const float one = i % 2 ? high_float(biases[i / 2]) : low_float(biases[i / 2]);
-          k[i] = relu(pack_floats(v[0] * upper_scale * of_columns[i] + one, v[2] * lower_scale * of_columns[i] + one));
+          k[i] = pack_relu(v[0] * scales.x * of_columns[i] + one, v[2] * scales.y * of_columns[i] + one);
         }
-        const Two kept_two = two_of_four(k[0], k[1], k[2], k[3]);
-        const u32 first = kept_two.first(k[0], k[1], k[2]), second = kept_two.second(k[1], k[2], k[3]);
+        const Two of_four = two_of_four(k[0], k[1], k[2], k[3]);
+        const u32 first = of_four.first(k[0], k[1], k[2]), second = of_four.second(k[1], k[2], k[3]);
         largest = __vmaxu2(largest, __vmaxu2(first, second));
         upper[group] = permute_bytes<0x5410>(first, second);
         lower[group] = permute_bytes<0x7632>(first, second);
-        word |= kept_two.codes(0) << (4 * group);
+        word |= of_four.codes(4 * group);
       }
       codes[s] = word;
       if (row < shape.tokens) store_four(line + 32 * s, make_uint4(upper[0], upper[1], upper[2], upper[3]));

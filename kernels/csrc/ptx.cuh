@@ -27,6 +27,9 @@ __device__ __forceinline__ int launder(int value) {
   return value;
 }
 
+// A value that all threads of a warp have: the compiler learns that they have the same, and stay together where it decides.
+__device__ __forceinline__ int uniform(u32 value) { return (int)__reduce_max_sync(~0u, value); }
+
 // --- mbarrier: a counter of arrivals and of bytes still to come, with a phase bit to wait for
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
@@ -182,6 +185,34 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+// --- shared memory by its address
+
+__device__ __forceinline__ u32 load_shared(u32 shared) {
+  u32 word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(shared) : "memory");
+  return word;
+}
+
+__device__ __forceinline__ uint2 load_shared_two(u32 shared) {
+  uint2 two;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(two.x), "=r"(two.y) : "r"(shared) : "memory");
+  return two;
+}
+
+__device__ __forceinline__ uint4 load_shared_four(u32 shared) {
+  uint4 four;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "r"(shared)
+               : "memory");
+  return four;
+}
+
+__device__ __forceinline__ void store_shared_four(u32 shared, uint4 four) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(four.x), "r"(four.y), "r"(four.z), "r"(four.w)
+               : "memory");
+}
+
 // --- bulk tensor copies: a box of a tensor of three dimensions into shared memory, zeros where it lies outside
 
 __device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int i0, int i1, int i2, u32 barrier) {
@@ -323,6 +354,13 @@ __device__ __forceinline__ u32 pack_floats(float low, float high) {
   return word;
 }
 
+// Of max(x, 0), as `relu` has it.
+__device__ __forceinline__ u32 pack_relu(float low, float high) {
+  u32 word;
+  asm("cvt.rn.relu." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
 // Two e4m3 in the low half; what is too large becomes the largest, 448.
 __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
   u16 two;
@@ -425,15 +463,6 @@ __device__ __forceinline__ uint4 load_metadata(const uint4* pointer) {
                : "l"(pointer)
                : "memory");
   return value;
-}
-
-// Sixteen 16-bit floats.
-__device__ __forceinline__ void load_sixteen(u32 (&words)[8], const u16* pointer) {
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    const uint4 four = *(const uint4*)(pointer + 2 * i);
-    words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-  }
 }
 
 // Four bytes chosen from eight; a selector of 8 + i repeats the sign of byte i (__byte_perm cannot).

@@ -17,7 +17,14 @@ struct SparseMM {
 
   __device__ __forceinline__ OfColumns of_columns() const { return {A_MN ? nullptr : bias, nullptr}; }
 
-  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
+  __device__ __forceinline__ int2 of_rows(const Tile& tile) const {
+    const int row = place_of(tile).row;
+    if (!A_MN || TRANSPOSED || row >= shape.tokens) return {-1, -1};
+    return {__ldg(slots + row), __ldg(slots + row + 8)};
+  }
+
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Meanwhile& meanwhile) const {
     // A warp's block of metadata, 16 rows by a group; beyond the last row the last one: what comes of it is not stored.
     const int block = min(tile.row / 16 + (int)thread_index() / 32, (shape.tokens - 1) / 16);
     u32 at = (u32)block * (shape.stages / 4) * 32 + thread_index() % 32;  // 32 bits count 64 GB
@@ -44,19 +51,19 @@ struct SparseMM {
         ring.next();
       }
     }
+    meanwhile();
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const int2& rows, const Ring& ring) const {
     if (TRANSPOSED) return store_transposed(d, tile);
     const Place place = place_of(tile);
     u16* line = out + (i64)place.row * shape.columns + place.column;
-    int slot[2] = {-1, -1};
-    if (A_MN && place.row < shape.tokens) slot[0] = __ldg(slots + place.row), slot[1] = __ldg(slots + place.row + 8);
+    const int slot[2] = {rows.x, rows.y};
 #pragma unroll
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
       const int column = RUN / 8 * i;
       if (tile.column + column >= shape.columns) return;
-      const uint4 biases = A_MN ? uint4() : biases_of(here.bias + column, place.column - tile.column);
+      const uint4 biases = A_MN ? uint4() : biases_of(ring.biases() + 2 * column, place.column - tile.column);
       const u32 two[4] = {biases.x, biases.y, biases.z, biases.w};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -76,10 +83,10 @@ struct SparseMM {
   }
 
   // Of a thread's eight columns, before they are exchanged.
-  __device__ __forceinline__ static uint4 biases_of(const u16* bias, int first) {
-    if (!B_MN) return *(const uint4*)(bias + first);
-    const u32* words = (const u32*)(bias + thread_index() % 4 * 2);
-    return make_uint4(words[0], words[4], words[8], words[12]);
+  __device__ __forceinline__ static uint4 biases_of(u32 biases, int first) {
+    if (!B_MN) return load_shared_four(biases + 2 * first);
+    const u32 words = biases + thread_index() % 4 * 4;
+    return make_uint4(load_shared(words), load_shared(words + 16), load_shared(words + 32), load_shared(words + 48));
   }
 
   // Of eight rows.

@@ -13,7 +13,13 @@ struct SparseMM {
 
   __device__ __forceinline__ OfColumns of_columns() const { return {bias, weight_scale}; }
 
-  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile) const {
+  __device__ __forceinline__ float2 of_rows(const Tile& tile) const {
+    const int row = place_of(tile).row, last = shape.tokens - 1;
+    return make_float2(__ldg(row_scale + min(row, last)), __ldg(row_scale + min(row + 8, last)));
+  }
+
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply(float (&d)[TILE_N / 2], Ring& ring, const Tile& tile, const Meanwhile& meanwhile) const {
     // A warp's block of metadata, 16 rows by 256 entries, two stages; beyond the last row the last one: what comes of it is not
     // stored.
     const int block = min(tile.row / 16 + (int)thread_index() / 32, (shape.tokens - 1) / 16);
@@ -41,6 +47,7 @@ struct SparseMM {
         ring.next();
       }
     }
+    meanwhile();
   }
 
   // For 8-bit types thread q of a quad has row g + 8 (q % 2), entries 32 (q / 2) to 32 (q / 2) + 31 of each 64; in memory it has 16
@@ -50,12 +57,10 @@ struct SparseMM {
     return thread_index() % 2 ? permute_bytes<0x7632>(other, word) : permute_bytes<0x5410>(word, other);
   }
 
-  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const OfColumns& here) const {
+  __device__ __forceinline__ void store(const float (&d)[TILE_N / 2], const Tile& tile, const float2& scales, const Ring& ring) const {
     const Place place = place_of(tile);
     u16* line = out + (i64)place.row * shape.columns + place.column;
-    float scales[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) scales[half] = __ldg(row_scale + min(place.row + 8 * half, shape.tokens - 1));
+    const float row_scales[2] = {scales.x, scales.y};
 #pragma unroll
     for (int i = 0; i < TILE_N / 4; i += 8) {  // eight of a thread's columns
       const int column = RUN / 8 * i;
@@ -64,15 +69,14 @@ struct SparseMM {
       u32 words[2][4];
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
-        // volatile: not ahead of time, for which there are no registers
-        const u32 biases = ((const volatile u32*)(here.bias + at))[a];
-        const volatile float* factors = here.scale + at + 2 * a;
-        const float x = factors[0], y = factors[1];
+        const u32 biases = load_shared(ring.biases() + 2 * at + 4 * a);
+        const uint2 factors = load_shared_two(ring.scales() + 4 * at + 8 * a);
+        const float x = __uint_as_float(factors.x), y = __uint_as_float(factors.y);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float* v = d + 2 * i + 4 * a + 2 * half;
-          words[half][a] = pack_floats(v[0] * scales[half] * x + low_float(biases),
-                                       v[1] * scales[half] * y + high_float(biases));
+          words[half][a] = pack_floats(v[0] * row_scales[half] * x + low_float(biases),
+                                       v[1] * row_scales[half] * y + high_float(biases));
         }
       }
 #pragma unroll

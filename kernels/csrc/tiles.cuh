@@ -29,19 +29,40 @@ constexpr int STEPS = A_COLUMNS / 16, STEP_K = K / STEPS;  // products a stage
 constexpr u64 A_STEP = (A_MN ? 16 * 128 : 32) >> 4, B_STEP = (B_MN ? STEP_K * 128 : STEP_K * 2) >> 4;  // in descriptors
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
 
-// The tile at `position` among those of this cluster; false beyond the last.
-__device__ __forceinline__ bool tile_at(const Shape& shape, int position, Tile& tile) {
-  return tile_at(shape, position, gridDim.x / CLUSTER, blockIdx.x / CLUSTER, cluster_rank(), tile);
+// The tile at `position` among those of this cluster; of height 0 beyond the last.
+__device__ __forceinline__ Tile tile_at(const Shape& shape, int position) {
+  Tile tile;
+  if (!tile_at(shape, position, gridDim.x / CLUSTER, blockIdx.x / CLUSTER, cluster_rank(), tile)) tile.height = 0;
+  return tile;
 }
+
+// Shared memory beside the stages: barriers, four tiles, what there is for each column of a tile.
+constexpr u32 TILE_DONE = 16 * STAGES, TILES = TILE_DONE + 16, BIASES = TILES + 64, SCALES = BIASES + 2 * TILE_N;
+constexpr u32 BESIDE_BYTES = SCALES + 4 * TILE_N;
 
 // A place in the ring of stages, each with a barrier that says that it is full and one that says that it is empty.
 struct Ring {
-  u32 stages, barriers;  // shared addresses; barriers of the full ones, then of the empty ones, then one that is no stage's
+  u32 stages, barriers;  // shared addresses; barriers of the full ones, then of the empty ones, and what is beside them
   u32 at, phase;
 
   __device__ __forceinline__ u32 full() const { return barriers + 8 * at; }
   __device__ __forceinline__ u32 empty() const { return barriers + 8 * (STAGES + at); }
-  __device__ __forceinline__ u32 columns_read() const { return barriers + 16 * STAGES; }
+  __device__ __forceinline__ u32 tile_done() const { return barriers + TILE_DONE; }
+  __device__ __forceinline__ u32 biases() const { return barriers + BIASES; }
+  __device__ __forceinline__ u32 scales() const { return barriers + SCALES; }
+
+  // The producer finds tiles for all, one ahead of the one that it brings in.
+  __device__ __forceinline__ void announce(u32 position, const Tile& tile) const {
+    store_shared_four(barriers + TILES + 16 * (position % 4), make_uint4(tile.row, tile.column, tile.height, 0));
+  }
+  __device__ __forceinline__ Tile announced(u32 position) const {
+    const uint4 four = load_shared_four(barriers + TILES + 16 * (position % 4));
+    return {(int)four.x, (int)four.y, (int)four.z};
+  }
+  __device__ __forceinline__ Tile announced_to_warp(u32 position) const {
+    const Tile tile = announced(position);
+    return {uniform(tile.row), uniform(tile.column), uniform(tile.height)};
+  }
 
   __device__ __forceinline__ void wait() const { barrier_wait(full(), phase); }
 
@@ -89,8 +110,8 @@ __device__ __forceinline__ u64 b_descriptor(const Ring& ring) {
 }
 
 // All of a tile's products where A is dense. E4M3: two of them for each element.
-template <bool E4M3 = false>
-__device__ __forceinline__ void multiply_dense(float (&d)[TILE_N / 2], Ring& ring, int stages) {
+template <bool E4M3 = false, class Meanwhile>
+__device__ __forceinline__ void multiply_dense(float (&d)[TILE_N / 2], Ring& ring, int stages, const Meanwhile& meanwhile) {
 #pragma unroll 1
   for (int i = 0; i < stages; ++i) {
     const u64 a = a_descriptor(ring), b = b_descriptor(ring);
@@ -106,6 +127,7 @@ __device__ __forceinline__ void multiply_dense(float (&d)[TILE_N / 2], Ring& rin
     if (i > 0) ring.release(ring.previous());
     ring.next();
   }
+  meanwhile();
   wgmma_wait<0>();
   ring.release(ring.previous());
 }
@@ -132,12 +154,6 @@ struct Place {
   int row, column;
 };
 
-// What there is for each column, in global memory, all of it (null: nothing), or in shared memory, a tile's (without a bias: zeros).
-struct OfColumns {
-  const u16* bias;
-  const float* scale;
-};
-
 __device__ __forceinline__ Place place_of(const Tile& tile) {
   const u32 thread = thread_index();
   return {tile.row + (int)(thread / 32 * 16 + thread % 32 / 4), tile.column + (int)(thread % 4 * (RUN / 4))};
@@ -156,47 +172,59 @@ __device__ __forceinline__ void store_codes(uint4* metadata, u32 (&codes)[4], co
   metadata[((i64)block * shape.column_tiles + tile.column / TILE_N) * 32 + thread_index() % 32] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
 }
 
-// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`; `of_columns()`, of all of them;
-// `multiply(d, ring, tile)`, which waits for each stage of a tile, releases it when it has been read, and ends when the products
-// are in d; and `store(d, tile, here)`.
+// What there is for each column; null: nothing (of a bias, zeros).
+struct OfColumns {
+  const u16* bias;
+  const float* scale;
+};
+
+// Where there is nothing for a thread's rows.
+struct NoRows {};
+
+// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`; `of_columns()`, of all of them; `of_rows(tile)`, what a
+// thread needs for its rows; `multiply(d, ring, tile, meanwhile)`, which waits for each stage of a tile, releases it when it has been
+// read, calls `meanwhile` when the last products have been issued (where A is sparse only when they are done: the compiler may use the
+// metadata's registers for it), and ends when all are in d; and `store(d, tile, rows, ring)`.
 //
-// What there is for each column comes with a tile's last stage, when all threads have read what there was for the tile before:
-// from global memory loads would take thousands of cycles at the end of a tile, in which nothing multiplies.
+// At the end of a tile nothing multiplies, so nothing there waits for memory. The producer finds the tiles, one ahead of the one that it
+// brings in, in a place for four. What there is for each column it brings in with a tile's last stage, when all threads are done with the
+// tile before. What there is for each row is read while the last products run.
 template <class Kernel>
 __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
   extern __shared__ __align__(1024) u8 shared[];
-  __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
-  __shared__ __align__(16) u16 biases[TILE_N];
-  __shared__ __align__(16) float scales[TILE_N];
-  Ring ring = {launder(shared_address(shared)), shared_address(barriers), 0, 0};  // kept, not found again and again
+  __shared__ __align__(16) u8 beside[BESIDE_BYTES];
+  Ring ring = {launder(shared_address(shared)), shared_address(beside), 0, 0};  // kept, not found again and again
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(ring.barriers + 8 * stage, 1);
       barrier_init(ring.barriers + 8 * (STAGES + stage), CLUSTER * WARPGROUPS);  // of all blocks: B goes to all
     }
-    barrier_init(ring.columns_read(), WARPGROUPS * 128);
+    barrier_init(ring.tile_done(), WARPGROUPS * 128);
     barrier_init_fence();
   }
   const OfColumns all = kernel.of_columns();
-  if (all.bias == nullptr && threadIdx.x < TILE_N) biases[threadIdx.x] = 0;
+  if (all.bias == nullptr && threadIdx.x < TILE_N / 8) store_shared_four(ring.biases() + 16 * threadIdx.x, uint4());
+  if (threadIdx.x == 0) ring.announce(0, tile_at(shape, 0));
   cluster_sync();
 
-  Tile tile;
   if (threadIdx.x >= WARPGROUPS * 128) {
     registers_give<PRODUCER_REGISTERS>();
     if (threadIdx.x == WARPGROUPS * 128) {
-      for (int position = 0; tile_at(shape, position, tile); ++position) {
+      Tile tile;
+      for (int position = 0; (tile = ring.announced(position)).height > 0; ++position) {
+        ring.announce(position + 1, tile_at(shape, position + 1));
         const TensorMap& a_map = tile.height == WARPGROUPS ? kernel.a_map : kernel.lower_map;
         for (int k = 0; k < shape.stages; ++k) {
           const u32 a = ring.stages + ring.at * STAGE_BYTES, b = a + A_BYTES;
           barrier_wait(ring.empty(), ring.phase ^ 1);  // the first round finds all empty
-          const int columns = k == shape.stages - 1 ? min(TILE_N, shape.columns - tile.column) : 0;
+          const bool last = k == shape.stages - 1;
+          const int columns = last ? min(TILE_N, shape.columns - tile.column) : 0;
           const int bias_bytes = all.bias == nullptr ? 0 : 2 * columns, scale_bytes = all.scale == nullptr ? 0 : 4 * columns;
-          if (columns > 0) barrier_wait(ring.columns_read(), position & 1 ^ 1);
+          if (last) barrier_wait(ring.tile_done(), position % 2 ^ 1);  // the first finds that of the one before it done
           barrier_expect_bytes(ring.full(), A_BYTES / WARPGROUPS * tile.height + B_BYTES + bias_bytes + scale_bytes);
-          if (bias_bytes > 0) copy_bytes(shared_address(biases), all.bias + tile.column, bias_bytes, ring.full());
-          if (scale_bytes > 0) copy_bytes(shared_address(scales), all.scale + tile.column, scale_bytes, ring.full());
+          if (bias_bytes > 0) copy_bytes(ring.biases(), all.bias + tile.column, bias_bytes, ring.full());
+          if (scale_bytes > 0) copy_bytes(ring.scales(), all.scale + tile.column, scale_bytes, ring.full());
           bring_a(a, a_map, ring.full(), k, tile);
           bring_b(b, kernel.b_map, ring.full(), k, shape.stride, tile, cluster_rank());
           ring.next();
@@ -205,7 +233,9 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
     }
   } else {
     registers_take<CONSUMER_REGISTERS>();
-    for (int position = 0; tile_at(shape, position, tile); ++position) {
+    for (int position = 0;; ++position) {
+      Tile tile = ring.announced_to_warp(position);
+      if (tile.height == 0) break;
       if ((int)thread_index() / 128 >= tile.height) {  // nothing to do but to keep pace
         for (int left = shape.stages; left > 0; --left) {
           // All four warps have seen the stage before it may be filled again: one that looks a whole ring too late would wait
@@ -215,18 +245,18 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
           ring.release(ring.at);
           ring.next();
         }
-        barrier_arrive(ring.columns_read(), cluster_rank());
-        continue;
-      }
-      float d[TILE_N / 2];
+      } else {
+        float d[TILE_N / 2];
 #pragma unroll
-      for (int i = 0; i < TILE_N / 2; ++i) d[i] = 0;
-      kernel.multiply(d, ring, tile);
-      // Found again rather than kept: the loop has no registers to spare.
-      position = launder(position);
-      tile_at(shape, position, tile);
-      kernel.store(d, tile, {biases, scales});
-      barrier_arrive(ring.columns_read(), cluster_rank());
+        for (int i = 0; i < TILE_N / 2; ++i) d[i] = 0;
+        decltype(kernel.of_rows(tile)) rows;
+        kernel.multiply(d, ring, tile, [&] {
+          tile = ring.announced_to_warp(position);  // again: there are no registers to keep it in
+          rows = kernel.of_rows(tile);
+        });
+        kernel.store(d, tile, rows, ring);
+      }
+      barrier_arrive(ring.tile_done(), cluster_rank());
     }
   }
   cluster_sync();  // the other blocks may still arrive at our barriers
