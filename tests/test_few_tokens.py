@@ -293,6 +293,7 @@ def test_fp8_as_dense():
     assert seen == [["active_ffn_fp8"]]
 
 
+@needs_scaled_mm
 @pytest.mark.parametrize(
     "change",
     [
@@ -311,6 +312,7 @@ def test_fp8_of_other_weights(change):
     assert not verdict.few
 
 
+@needs_scaled_mm
 @pytest.mark.parametrize("sizes", [{"dim": 64}, {"hidden": 96}, {"dim": 128, "hidden": 32}], ids=str)
 def test_fp8_of_other_sizes(sizes):
     """They stay as they are: torchao would copy them at each call."""
