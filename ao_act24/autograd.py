@@ -26,7 +26,8 @@ later one. Method: arXiv 2503.16672.
 
 An entry that was kept although ``relu(h)`` is zero (a group with fewer than two positive entries) multiplies its
 gradient by zero. So a NaN or an infinity in ``dout`` reaches ``d h`` there as NaN, where dense ReLU would drop it; it
-reaches no entry that was not kept.
+reaches no entry that was not kept. With ``feature_wise`` it reaches, on a GPU, the weights of the features that keep
+its token, with a zero, too; the reference multiplies what was dropped as zeros, and so it reaches those of all.
 """
 
 import math

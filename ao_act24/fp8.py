@@ -74,7 +74,8 @@ def why_not_by_rows(weight: Float8Tensor) -> str:
 def to_torchao(packed: Tensor, metadata: Tensor, row_scale: Tensor, dtype: torch.dtype) -> TorchAOBaseTensor:
     """What ``relu2_sparsify_fp8`` gives as torchao's ``Float8Sparse2x4_2DData2DMetadataTensor``, bit by bit.
 
-    ``packed [tokens, H / 2]``; ``dtype``: what the tensor says that it stands for.
+    ``packed [tokens, H / 2]``; ``dtype``: what the tensor says that it stands for. torchao's own kernel multiplies it
+    right from an H of 256 on; at 128 (torchao 0.18) it is wrong by itself.
 
     Raises:
         TypeError: unless packed is in e4m3.

@@ -35,8 +35,8 @@ number of tokens; below, for some. (``benchmarks/results/hopper.json``, with mor
 --only tokens rule outside``; a test holds the rule to it.)
 
 Where the first matmul does not pack its own result ("in two steps"), only the second is ours, and its waste alone is
-asked. GPUs of another number of multiprocessors and model_dim below 768 were not measured: dense. Not measured yet
-either, but run by the same rule: fp8, and weights that have a row for each neuron.
+asked. GPUs of another number of multiprocessors and model_dim below 768 were not measured: dense. Run by the same
+rule, but not measured at its edges: fp8 (``--only fp8`` has three sizes), and weights that have a row for each neuron.
 
 Few tokens of such weights, by the neurons that fire. Dense over that time, in CUDA graphs, weights never in L2, zeros
 independent (``--only decode``); in brackets what the operator would reach where the rule leaves it dense. Half of the
@@ -62,9 +62,9 @@ In training, forward and backward, over the same (``--only training`` and, marke
 or in 2:4 along tokens::
 
     T x D x H                   waste    exact   sparse
-    16384 x 2048 x  8192         1.03     1.11     1.20
-     8192 x 4096 x 16384         1.03     1.12     1.23
-    32768 x 4096 x 16384         1.01     1.14     1.28
+    16384 x 2048 x  8192         1.03     1.12     1.21
+     8192 x 4096 x 16384         1.03     1.13     1.25
+    32768 x 4096 x 16384         1.01     1.14     1.29
      2048 x 4096 x 16384         1.07     1.05     1.10  *
      4096 x 2048 x  8192         1.07     1.05     0.91  *
     16384 x 1024 x  4096         1.04     1.06     0.78  *

@@ -1,9 +1,9 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 35 minutes
+    python benchmarks/hopper.py                  the whole table and its plots: some 40 minutes
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
-    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, fp8,
-                                                 decode, decode-fp8
+    python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, rule-training,
+                                                 fp8, rule-fp8, decode, decode-fp8
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
@@ -59,6 +59,10 @@ OUTSIDE += [(8192, 4096, 4096), (8192, 2048, 2048), (8192, 1024, 1024), (8192, 4
 OUTSIDE_97 = [(8192, 4096, 16384), (2736, 2304, 13824), (1680, 4096, 8192), (1376, 3328, 13312)]  # percent of zeros
 OUTSIDE_FP16 = [(1168, 4608, 18432), (1488, 2048, 8192)]  # all else is bf16
 TWO_STEPS = [(8192, 4096, 16384), (4096, 2048, 8192), (1600, 4096, 16384), (1152, 4096, 16384)]  # also not fused
+RULE_FP8 = [(4096, 2048, 8192), (1552, 3584, 14336), (1168, 4608, 18432), (1488, 2048, 8192), (2976, 1024, 4096)]
+RULE_FP8 += [(8512, 768, 3072)]
+RULE_TRAINING = [(2048, 4096, 16384), (11009, 2048, 8192), (16384, 1024, 4096), (32768, 1024, 4096), (26113, 768, 3072)]
+EDGES = ("rule", "outside", "rule-training", "rule-fp8")  # parts without a quick form
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
 TUNED = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
 
@@ -190,20 +194,25 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
 def fp8_ffn(ffn: FFN, x: Tensor, meter: Meter) -> dict[str, Row]:
     """The whole FFN in fp8 and in bf16, dense and in 2:4, and the errors that fp8 and 2:4 make.
 
-    Dense bf16 in the default mode: what max-autotune makes of it, ``ffn`` has.
+    The errors are those of the second matmul, of up to 8192 tokens, as ``ao_act24.measure`` has them.
     """
-    in_fp8 = copy.deepcopy(ffn)
-    quantize_(in_fp8, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    variants: dict[str, dict[str, Any]] = {"dense": {}, **TUNED, "2:4": {"backend": "ao_act24"}}
     runs: Runs = {}
-    for model, suffix in ((in_fp8, " fp8"), (ffn, "")):
+    for model, suffix in ((in_fp8(ffn), " fp8"), (ffn, "")):
         with FP8_BY_CUBLAS:
-            made = compiled(model, x, **{"dense": {}, "2:4": {"backend": "ao_act24"}})
+            made = compiled(model, x, **variants)
         runs |= {f"FFN {name}{suffix}": run for name, run in made.items()}
     timed = in_turn(runs, 1.0, 3, meter)
     (layer,) = ao_act24.measure(ffn, x[:8192], config=ao_act24.Act24Config(dtype="fp8")).layers
     errors = {name: getattr(layer, name) for name in ("error", "fp8_error", "fp8_error_in_24")}
     timed["FFN 2:4 fp8"] |= errors
     return timed
+
+
+def in_fp8(ffn: FFN) -> FFN:
+    converted = copy.deepcopy(ffn)
+    quantize_(converted, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return converted
 
 
 def with_the_faster(timed: dict[str, Row], candidates: Runs) -> dict[str, Row]:
@@ -231,26 +240,37 @@ def training(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     round: compiled graphs may overwrite what they saved, so that no backward can run twice.
     """
     for shape in TRAINING_SHAPES[:1] if quick else TRAINING_SHAPES:
-        ffn, x = ffn_and_input(shape, 90)
-        leaves, grad = [x, *ffn.parameters()], torch.randn_like(x)
-        variants: dict[str, dict[str, Any]] = {"dense": {}, **({} if quick else TUNED)}
-        for name, how in (("2:4 exact", "dense"), ("2:4 sparse", "sparse")):
-            config = ao_act24.Act24Config(emulate=True, weight_grads=how)  # type: ignore[arg-type]
-            variants[name] = {"backend": ao_act24.Act24Backend(config)}
-        with torch.enable_grad():
-            for leaf in leaves:
-                leaf.requires_grad_()
-            runs: Runs = {}
-            for name, forward in compiled(ffn, x, **variants).items():
-                runs[f"forward {name}"] = forward
-                runs[name] = functools.partial(step, forward, leaves, grad)
-            timed = in_turn(runs, 0.5 if quick else 1.0, 3, meter)
-            for name in variants:
-                timed[name]["kernels"] = kernel_times(runs[name])
+        yield trained(shape, 0.5 if quick else 1.0, meter, **({} if quick else TUNED))
+
+
+def rule_training(quick: bool, meter: Meter) -> Iterator[list[Row]]:
+    """As ``training``, at sizes where the rule begins or ends, some of which it leaves to dense; dense in its default
+    mode."""
+    for shape in RULE_TRAINING:
+        yield trained(shape, 0.5, meter)
+
+
+def trained(shape: Shape, seconds: float, meter: Meter, **modes: Any) -> list[Row]:
+    ffn, x = ffn_and_input(shape, 90)
+    leaves, grad = [x, *ffn.parameters()], torch.randn_like(x)
+    variants: dict[str, dict[str, Any]] = {"dense": {}, **modes}
+    for name, how in (("2:4 exact", "dense"), ("2:4 sparse", "sparse")):
+        config = ao_act24.Act24Config(emulate=True, weight_grads=how)  # type: ignore[arg-type]
+        variants[name] = {"backend": ao_act24.Act24Backend(config)}
+    with torch.enable_grad():
+        for leaf in leaves:
+            leaf.requires_grad_()
+        runs: Runs = {}
+        for name, forward in compiled(ffn, x, **variants).items():
+            runs[f"forward {name}"] = forward
+            runs[name] = functools.partial(step, forward, leaves, grad)
+        timed = in_turn(runs, seconds, 3, meter)
         for name in variants:
-            samples = zip(timed[name]["samples"], timed[f"forward {name}"]["samples"])
-            timed[f"backward {name}"] = row(f"backward {name}", "ms", [both - forward for both, forward in samples])
-        yield placed(timed, shape, 90)
+            timed[name]["kernels"] = kernel_times(runs[name])
+    for name in variants:
+        samples = zip(timed[name]["samples"], timed[f"forward {name}"]["samples"])
+        timed[f"backward {name}"] = row(f"backward {name}", "ms", [both - forward for both, forward in samples])
+    return placed(timed, shape, 90)
 
 
 def step(forward: Callable[[], Any], leaves: list[Tensor], grad: Tensor) -> None:
@@ -313,10 +333,19 @@ def outside(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         yield ruled(shape, 90, torch.float16, meter)
 
 
+def rule_fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
+    """As ``rule``, in fp8, where rounds are uneven or K is short; dense in its default mode."""
+    for shape in RULE_FP8:
+        with FP8_BY_CUBLAS:
+            yield ruled(shape, 90, torch.float8_e4m3fn, meter)
+
+
 def ruled(shape: Shape, zeros: int, dtype: torch.dtype, meter: Meter, **modes: Any) -> list[Row]:
-    ffn, x = ffn_and_input(shape, zeros, dtype)
+    e4m3 = dtype == torch.float8_e4m3fn
+    ffn, x = ffn_and_input(shape, zeros, torch.bfloat16 if e4m3 else dtype)
+    ffn = in_fp8(ffn) if e4m3 else ffn
     runs = compiled(ffn, x, dense={}, **{"2:4": {"backend": ALWAYS}}, **modes)
-    if shape in TWO_STEPS and zeros == 90:
+    if (shape in TWO_STEPS or e4m3) and zeros == 90:
         apart = copy.deepcopy(ffn)
         ao_act24.sparsify_(apart, ALWAYS.config)
         runs["2:4 in two steps"] = functools.partial(torch.compile(apart, fullgraph=True, dynamic=False), x)
@@ -325,7 +354,8 @@ def ruled(shape: Shape, zeros: int, dtype: torch.dtype, meter: Meter, **modes: A
 
 
 PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "rule": rule, "outside": outside}
-PARTS |= {"training": training, "fp8": fp8, "decode": decode, "decode-fp8": decode_fp8}
+PARTS |= {"training": training, "rule-training": rule_training, "fp8": fp8, "rule-fp8": rule_fp8}
+PARTS |= {"decode": decode, "decode-fp8": decode_fp8}
 
 
 def line(found: Row) -> str:
@@ -342,7 +372,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    parts = [part for part in arguments.only if not (arguments.quick and part in ("rule", "outside"))]
+    parts = [part for part in arguments.only if not (arguments.quick and part in EDGES)]
     if not parts:
         parser.error(f"--only {' '.join(arguments.only)} has no --quick form")
     if not torch.cuda.is_available():

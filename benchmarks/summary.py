@@ -14,7 +14,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ao_act24.when import most_few_tokens, why_slower
+import torch
+
+from ao_act24 import Act24Config
+from ao_act24.when import most_few_tokens, why_exact_grads, why_slower
 
 Row = dict[str, Any]
 Shape = tuple[int, int, int]  # tokens, model_dim, hidden_dim
@@ -53,6 +56,7 @@ DECODE: dict[tuple[Shape, int], tuple[float, float | None]] = {  # required and 
     ((4, 8192, 32768), 95): (1.45, 1.6),
     ((1, 8192, 32768), 85): (1.5, None),
 }
+DTYPES = {"bfloat16": "", "float16": ", fp16", "float8_e4m3fn": ", fp8"}
 MOST_TOKENS = 2048  # up to which few tokens must not be slower than dense
 LEAST_FEW, MOST_HOST_US = 0.98, 15.0
 
@@ -184,8 +188,8 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             figure = "FFN of few tokens over dense" + (", fp16" if dtype == "float16" else "")
             add(f"{figure}{', in a CUDA graph' if how else ''}: least", shape, slowest, LEAST_FEW)
     taken = [
-        (ratio(timed, best(timed)["what"], ours), f"{named(at)}, {zeros} %{', fp16' * (dtype == 'float16')}{steps}")
-        for part, zeros, dtype in itertools.product(("rule", "outside"), (90, 97), ("bfloat16", "float16"))
+        (ratio(timed, best(timed)["what"], ours), f"{named(at)}, {zeros} %{DTYPES[dtype]}{steps}")
+        for part, zeros, dtype in itertools.product(("rule", "outside", "rule-fp8"), (90, 97), DTYPES)
         for at, timed in rows(result, part, zeros, dtype).items()
         for ours, packs, steps in (("2:4", True, ""), ("2:4 in two steps", False, ", two steps"))
         if ours in timed and not why_slower(*at, in_rows=True, training=False, packs=packs)
@@ -193,6 +197,17 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     if taken:
         slowest, where = min(taken)
         add("FFN over dense where the rule takes 2:4, in a CUDA graph: least", where, slowest, LEAST_FEW)
+    trained = [
+        (ratio(timed, best(timed)["what"], f"2:4 {how}"), f"{named(at)}, {how}")
+        for part in ("training", "rule-training")
+        for at, timed in rows(result, part).items()
+        for how in ("exact", "sparse")
+        if not why_slower(*at, in_rows=True, training=True, packs=True)
+        and (how == "exact" or not why_exact_grads(torch.device("cuda"), *at, Act24Config()))
+    ]
+    if trained:
+        slowest, where = min(trained)
+        add("FFN forward and backward over dense where the rule takes 2:4: least", where, slowest, LEAST_FEW)
     for how in ("host", "host graph"):
         for shape, timed in rows(result, "tokens").items():
             if f"{how} 2:4" in timed:

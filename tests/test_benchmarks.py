@@ -73,7 +73,7 @@ def test_summary(made_up, capsys):
     figures = summary(made_up)
     reached = {(row["figure"], row["at"]): (row["reached"], row["required"], row["met"]) for row in figures}
     middle = "8192 × 4096 × 16384"
-    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4 + 3 + 5
+    assert len(reached) == len(figures) == 4 * 4 + 2 * 3 + 2 + 2 + 4 + 3 + 6
     assert reached["fp8 matmul over _scaled_mm", middle] == (1.5, 1.38, True)
     assert reached["fp8 matmul over cuSPARSELt", middle] == (pytest.approx(1.1), None, None)
     assert reached["fp8 packing over a copy, bytes/s", middle] == (pytest.approx(0.9), 0.85, True)
@@ -178,13 +178,14 @@ def test_the_least_of_what_the_rule_takes(monkeypatch):
     even = timed(FFN_SHAPES[0], dense=1.3, dense_tuned=1.2, x24=1, x24_in_two_steps=1.25)
     uneven = timed(FFN_SHAPES[1], 97, dense=1.1, dense_tuned=1.2, x24=1)
     half = timed(FFN_SHAPES[2], dtype=torch.float16, dense=0.9, x24=1)
+    fp8 = timed(FFN_SHAPES[2], dtype=torch.float8_e4m3fn, dense=0.8, x24=1)
 
-    def least(*taken):
+    def least(*taken, in_fp8=False):
         def why_slower(*shape, in_rows, training, packs):
             return "" if (shape, packs) in taken and in_rows and not training else "slower"
 
         monkeypatch.setattr(summary_of, "why_slower", why_slower)
-        parts = {"rule": {"rows": even}, "outside": {"rows": uneven + half}}
+        parts = {"rule": {"rows": even}, "outside": {"rows": uneven + half}, "rule-fp8": {"rows": fp8 * in_fp8}}
         return [(row["at"], row["reached"], row["met"]) for row in summary(parts)]
 
     at = [named(shape) for shape in FFN_SHAPES]
@@ -193,14 +194,33 @@ def test_the_least_of_what_the_rule_takes(monkeypatch):
     assert least(one, two, (FFN_SHAPES[0], False)) == [(f"{at[0]}, 90 %, two steps", pytest.approx(0.96), False)]
     assert least(one, two) == [(f"{at[1]}, 97 %", pytest.approx(1.1), True)]
     assert least(one, two, three) == [(f"{at[2]}, 90 %, fp16", pytest.approx(0.9), False)]
+    assert least(one, two, three, in_fp8=True) == [(f"{at[2]}, 90 %, fp8", pytest.approx(0.8), False)]
     assert least() == []
 
 
-def test_nothing_that_the_rule_takes_was_measured_slower():
-    """The rule as it is now, by the committed results."""
-    result = json.loads((Path(hopper.__file__).parent / "results" / "hopper.json").read_text())
-    (least,) = (row for row in summary(result) if "the rule takes" in row["figure"])
-    assert least["met"]
+def test_the_least_of_what_the_rule_takes_in_training(monkeypatch):
+    """Sparse gradients of weights where the rule takes them, too."""
+    measured = timed(FFN_SHAPES[0], dense=1.3, dense_tuned=1.2, x24_exact=1, x24_sparse=0.8)
+    edge = timed(FFN_SHAPES[1], dense=1.1, x24_exact=1, x24_sparse=2)
+
+    def least(*taken, sparse=()):
+        monkeypatch.setattr(summary_of, "why_slower", lambda *shape, training, **_: "" if shape in taken else "slower")
+        monkeypatch.setattr(summary_of, "why_exact_grads", lambda _, *at: "" if at[:3] in sparse else "slower")
+        found = summary({"rule-training": {"rows": measured + edge}})
+        return [(row["at"], row["reached"], row["met"]) for row in found]
+
+    one, two = FFN_SHAPES[:2]
+    assert least(one) == [(f"{named(one)}, exact", pytest.approx(1.2), True)]
+    assert least(one, two, sparse=(one,)) == [(f"{named(two)}, exact", pytest.approx(1.1), True)]
+    assert least(two, sparse=(one, two)) == [(f"{named(two)}, sparse", pytest.approx(0.55), False)]
+    assert least(sparse=(one, two)) == []
+
+
+def test_the_committed_results_meet_all_that_is_required():
+    """Nothing that the rule takes, as it is now, was measured slower than dense, inference and training."""
+    figures = summary(json.loads((Path(hopper.__file__).parent / "results" / "hopper.json").read_text()))
+    assert sum("the rule takes" in row["figure"] for row in figures) == 2
+    assert not [row for row in figures if row["met"] is False]
 
 
 def test_what_disturbs_a_round_disturbs_both(made_up):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hopper_kernels import DTYPES, ROWS, in_threads, made_of, needs_hopper, poison, random, untouched
 from mlp import MLP
+from torchao import ops as torchao_ops
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import ao_act24
@@ -154,15 +155,12 @@ def test_where_each_value_is_multiplied(hidden_dim):
 @pytest.mark.parametrize(("tokens", "model_dim", "hidden_dim"), [(64, 64, 384), (1024, 512, 4096), (192, 2048, 1152)])
 def test_torchaos_kernel_gives_the_same(tokens, model_dim, hidden_dim):
     """From our packed data, in its layout of metadata. At hidden_dim 128 torchao's kernel is wrong by 110 %."""
-    ops = pytest.importorskip("torchao.ops")
-    if not hasattr(torch.ops.torchao, "rowwise_scaled_linear_sparse_cutlass_f8f8"):
-        pytest.skip("this torchao has no sparse fp8 kernel")
     packed, metadata, scale, weight, weight_scale = operands(tokens, model_dim, hidden_dim)
     try:
         theirs = to_torchao(packed, metadata, scale, torch.bfloat16)
     except NotImplementedError as error:
         pytest.skip(str(error))
-    want = ops.rowwise_scaled_linear_sparse_cutlass_f8f8(
+    want = torchao_ops.rowwise_scaled_linear_sparse_cutlass_f8f8(
         weight, weight_scale, theirs.qdata, theirs.sparse_metadata, theirs.scale.squeeze(-1), out_dtype=torch.bfloat16
     ).t()
     got = cuda.sparse_mm_fp8(packed, metadata, scale, weight, weight_scale, None, torch.bfloat16)

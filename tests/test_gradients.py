@@ -18,6 +18,9 @@ from ao_act24.kernels import cuda, layout, reference
 pytestmark = needs_hopper
 
 
+KERNELS = cuda, reference
+
+
 def small_integers(*shape, dtype=torch.bfloat16, most=1):
     return torch.randint(-most, most + 1, shape, device="cuda").to(dtype)
 
@@ -284,6 +287,28 @@ def test_nan_and_infinity_stay_in_their_tokens():
     for each in (hidden, cuda.sparse_mm(hidden, metadata, up.t())):
         assert each[5].isnan().all() and not each[9].isfinite().any()
         assert each[[row for row in range(300) if row not in (5, 9)]].isfinite().all()
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_gradients_that_are_not_finite(permuted):
+    """They reach the weights of the features that keep their token, be it with a zero, and no others; by the reference
+    those of all."""
+    wise, codes, _, left = cuda.feature_wise(*cuda.relu2_sparsify(random(1024, 512)), permuted, True)
+    grad, slots = random(1024, 128), torch.full((512,), -1, device="cuda", dtype=torch.int32)
+    order = torch.arange(1024).view(4, -1).t().flatten() if permuted else torch.arange(1024)
+
+    def both():
+        return [each.feature_wise_mm(wise, codes, left, grad, grad[:0], slots, permuted, False) for each in KERNELS]
+
+    want, _ = both()
+    assert want.isfinite().all()
+    kept = reference.unpack(torch.ones_like(wise).t(), codes).bool()
+    grad[order[37], 3], grad[order[700], 5] = float("nan"), float("inf")
+    reached = torch.zeros_like(want, dtype=torch.bool)
+    reached[:, 3], reached[:, 5] = kept[:, 37], kept[:, 700]
+    got, theirs = both()
+    assert not got[reached].isfinite().any() and torch.equal(got[~reached], want[~reached])
+    assert not theirs[:, [3, 5]].isfinite().any()
 
 
 FAR = 4 * 16400 + 3, 1 << 16  # tokens and H: packed, too, has more than 2**31 elements

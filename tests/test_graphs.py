@@ -24,6 +24,11 @@ class MLP(nn.Module):
         return self.down(F.relu(self.up(x)).square())
 
 
+class InTwoSteps(MLP):
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square().view(2, 2, 32))
+
+
 class CastsAndViews(MLP):
     def forward(self, x):
         y = F.relu(self.up(x).float()).square().to(torch.bfloat16)
@@ -338,18 +343,19 @@ def test_selective_checkpointing_keeps_what_its_policy_lists():
 
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    ours = (torch.ops.ao_act24.relu2_ffn.default,)
-
-    def backward(listed):
+    def backward(kind, *listed):
         def policy(context, op, *args, **kwargs):
             return CheckpointPolicy.MUST_SAVE if op in listed else CheckpointPolicy.PREFER_RECOMPUTE
 
         contexts = partial(create_selective_checkpoint_contexts, policy)
-        mlp = MLP()
+        mlp = kind()
         model = lambda x: checkpoint(mlp, x, use_reentrant=False, context_fn=contexts).sin()  # noqa: E731
         return capture_graphs(model, torch.randn(4, 16)).backward[0]
 
-    assert "relu2_ffn" in backward([]) and "relu2_ffn" not in backward(ours)
+    for kind, names in ((MLP, ["relu2_ffn"]), (InTwoSteps, ["relu2_sparsify", "sparse_mm"])):
+        recomputed = backward(kind)
+        kept = backward(kind, *(getattr(torch.ops.ao_act24, name).default for name in names))
+        assert all(f"ao_act24.{name}(" in recomputed and f"ao_act24.{name}(" not in kept for name in names)
 
 
 def test_exported_programs_compile():

@@ -368,6 +368,18 @@ def test_rows_of_zeros():
     assert (layer.error, layer.fp8_error) == (0, 0)
 
 
+def test_a_token_of_zeros_that_torchao_quantises():
+    """It has NaN of it, as dense has, and of no other."""
+    mlp, x = convert(dense_mlp(), activation()), data()
+    x[7] = 0
+    want = mlp(x).isnan()
+    assert want[7].all() and want.sum() == want.shape[1]
+    compiled = rewritten(mlp)(x)
+    ao_act24.sparsify_(mlp)
+    for out in (compiled, mlp(x)):
+        assert torch.equal(out.isnan(), want)
+
+
 @pytest.mark.parametrize(
     "change, given, message",
     [

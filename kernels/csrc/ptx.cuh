@@ -213,7 +213,7 @@ __device__ __forceinline__ void store_shared_four(u32 shared, uint4 four) {
                : "memory");
 }
 
-// --- bulk tensor copies: a box of a tensor of three dimensions into shared memory, zeros where it lies outside
+// --- bulk copies into shared memory: of bytes, and of a box of a tensor, zeros where it lies outside
 
 __device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int i0, int i1, int i2, u32 barrier) {
   asm volatile(
@@ -433,6 +433,8 @@ __device__ __forceinline__ u32 square(u32 word) {
   return word;
 }
 
+// --- global memory
+
 // A line of 128 bytes into L2, where it is read later.
 __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
@@ -464,6 +466,8 @@ __device__ __forceinline__ uint4 load_metadata(const uint4* pointer) {
                : "memory");
   return value;
 }
+
+// --- words as bytes
 
 // Four bytes chosen from eight; a selector of 8 + i repeats the sign of byte i (__byte_perm cannot).
 template <u32 SELECTOR>

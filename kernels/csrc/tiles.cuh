@@ -186,9 +186,9 @@ struct NoRows {};
 // read, calls `meanwhile` when the last products have been issued (where A is sparse only when they are done: the compiler may use the
 // metadata's registers for it), and ends when all are in d; and `store(d, tile, rows, ring)`.
 //
-// At the end of a tile nothing multiplies, so nothing there waits for memory. The producer finds the tiles, one ahead of the one that it
-// brings in, in a place for four. What there is for each column it brings in with a tile's last stage, when all threads are done with the
-// tile before. What there is for each row is read while the last products run.
+// At the end of a tile nothing multiplies, so as little as possible there waits for memory. The producer finds the tiles, one ahead of the
+// one that it brings in, in a place for four. What there is for each column it brings in with a tile's last stage, when all threads are
+// done with the tile before. What there is for each row is read while the last products run, if A is dense.
 template <class Kernel>
 __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
   extern __shared__ __align__(1024) u8 shared[];
