@@ -188,15 +188,15 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
             timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
         yield placed(with_the_faster(timed, theirs), shape, 90)
         del dense, matmuls, in_graphs, packing, ours, packed, metadata, h, other, operands, x8, first
-        yield placed(fp8_ffn(ffn, x, meter), shape, 90)
+        yield placed(fp8_ffn(ffn, x, meter, **({} if quick else TUNED)), shape, 90)
 
 
-def fp8_ffn(ffn: FFN, x: Tensor, meter: Meter) -> dict[str, Row]:
+def fp8_ffn(ffn: FFN, x: Tensor, meter: Meter, **modes: Any) -> dict[str, Row]:
     """The whole FFN in fp8 and in bf16, dense and in 2:4, and the errors that fp8 and 2:4 make.
 
     The errors are those of the second matmul, of up to 8192 tokens, as ``ao_act24.measure`` has them.
     """
-    variants: dict[str, dict[str, Any]] = {"dense": {}, **TUNED, "2:4": {"backend": "ao_act24"}}
+    variants: dict[str, dict[str, Any]] = {"dense": {}, **modes, "2:4": {"backend": "ao_act24"}}
     runs: Runs = {}
     for model, suffix in ((in_fp8(ffn), " fp8"), (ffn, "")):
         with FP8_BY_CUBLAS:
