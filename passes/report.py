@@ -195,8 +195,19 @@ def clean_path(path: str) -> str:
     return re.sub(r"\.?_orig_mod\b", "", path).strip(".")
 
 
+_CALL = "return model(*args, **kwargs)"  # of ao_act24/capture.py
+
+
 def _source(node: Node) -> str:
-    """The innermost line of code in the node's stack trace; of code that ``sparsify_`` made, the module's class."""
+    """The innermost line of code in the node's stack trace; of code that ``sparsify_`` made, the module's class.
+
+    And of code whose lines are not known (made by ``exec``): the trace ends with the line that calls the model.
+    """
     trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip(" ^~")]
     made_for = re.findall(r'File "<ao_act24 (\w+)', "\n".join(trace))
-    return made_for[-1] if made_for else trace[-1] if trace else node.name
+    if made_for:
+        return made_for[-1]
+    if trace and not trace[-1].startswith("File ") and trace[-1] != _CALL:
+        return trace[-1]
+    kinds = [kind for _, kind in node.meta.get("nn_module_stack", {}).values() if kind is not torch.nn.Linear]
+    return getattr(kinds[-1], "__name__", str(kinds[-1])) if kinds else node.name

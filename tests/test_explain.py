@@ -48,6 +48,16 @@ def test_report():
     assert "2 of 3 FFN-like sites run in 2:4" in text and "layers.1" in text and "[6, 16] → 32 → [6, 16]" in text
 
 
+@pytest.mark.parametrize("name", ["<string>", "<stdin>"])
+def test_code_whose_lines_are_not_known(name):
+    """Its class stands for the line."""
+    made: dict[str, type[nn.Module]] = {}
+    code = "class Made(MLP):\n    def forward(self, x):\n        return self.down(self.activation(self.up(x)))\n"
+    exec(compile(code, name, "exec"), {"MLP": MLP}, made)
+    (verdict,) = ao_act24.explain(made["Made"](), torch.randn(6, 16))
+    assert verdict.source == verdict.name == "Made"
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("look", [ao_act24.explain, ao_act24.measure, ao_act24.capture_graphs])
 def test_nothing_changes(look, training):
