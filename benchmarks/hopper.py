@@ -257,7 +257,7 @@ def trained(shape: Shape, seconds: float, meter: Meter, **modes: Any) -> list[Ro
     for name, how in (("2:4 exact", "dense"), ("2:4 sparse", "sparse")):
         config = ao_act24.Act24Config(emulate=True, weight_grads=how)  # type: ignore[arg-type]
         variants[name] = {"backend": ao_act24.Act24Backend(config)}
-    with torch.enable_grad():
+    with torch.enable_grad(), contextlib.closing(ao_act24.Schedule(0)):
         for leaf in leaves:
             leaf.requires_grad_()
         runs: Runs = {}
