@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from ffns import FP8_BY_CUBLAS, SHIFTS, compiled, ffn_and_input, placed, with_own_code
+from ffns import FP8_BY_CUBLAS, SHIFTS, compiled, ffn_and_input, in_fp8, placed, with_own_code
 from machine import Meter
 from summary import Row
 from timing import Runs, captured, in_turn
 from torch import Tensor, nn
-from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import ao_act24
 from ao_act24 import ops
@@ -78,9 +77,7 @@ def decode_fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """
     for size, tokens in itertools.product(SIZES[: 1 if quick else None], TOKENS_IN_FP8):
         ffns = {"dense": [ffn_and_input((1, *size), 90)[0] for _ in range(2)]}
-        ffns["dense fp8"] = copy.deepcopy(ffns["dense"])
-        for ffn in ffns["dense fp8"]:
-            quantize_(ffn, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        ffns["dense fp8"] = [in_fp8(ffn) for ffn in ffns["dense"]]
         for suffix in ("", " fp8"):
             ffns[f"few{suffix}"] = copy.deepcopy(ffns[f"dense{suffix}"])
             for ffn in ffns[f"few{suffix}"]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from summary import Row, Shape
 from timing import Runs
 from torch import Tensor, nn
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 SHIFTS = {
     50: 0.0,
@@ -19,8 +20,9 @@ SHIFTS = {
     95: -1.6449,
     97: -1.8808,
 }  # of a normal distribution, for that share of zeros in percent
-# In max-autotune Inductor takes 150 s for each matmul in fp8 and ends at cuBLAS's: 0.19 ms at 8192 x 2048 x 8192, the
-# best of its own being 0.38 ms. So it is told. What torchao's conversion asks of it, to tune each other kernel, stays.
+# In any mode Inductor tries kernels of its own for matmuls in fp8, 150 s for each, and ends at cuBLAS's: 0.19 ms at
+# 8192 x 2048 x 8192, the best of its own being 0.38 (seen). So it is told. What torchao's conversion asks of it, to
+# tune each other kernel, stays.
 FP8_BY_CUBLAS = torch._inductor.config.patch(max_autotune_gemm_backends="ATEN")
 
 
@@ -43,6 +45,13 @@ def ffn_and_input(shape: Shape, zeros: int, dtype: torch.dtype = torch.bfloat16)
     torch._dynamo.reset()  # what was compiled of others
     tokens, model_dim, hidden_dim = shape
     return FFN(model_dim, hidden_dim, zeros).to(dtype), torch.randn(tokens, model_dim, device="cuda").to(dtype)
+
+
+def in_fp8(ffn: FFN) -> FFN:
+    """A copy, as torchao converts it, by rows."""
+    converted = copy.deepcopy(ffn)
+    quantize_(converted, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return converted
 
 
 def compiled(ffn: FFN, x: Tensor, **variants: dict[str, Any]) -> Runs:

@@ -1,7 +1,7 @@
 """How fast are the Hopper kernels, against what a user can get today?
 
-    python benchmarks/hopper.py                  the whole table and its plots: some 40 minutes
-    python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 2.5 minutes
+    python benchmarks/hopper.py                  the whole table and its plots: some 40 minutes (estimated)
+    python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 3 (estimated)
     python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, rule-training,
                                                  fp8, rule-fp8, decode, decode-fp8
 
@@ -33,12 +33,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from decode import decode, decode_fp8
-from ffns import FFN, FP8_BY_CUBLAS, compiled, ffn_and_input, placed
+from ffns import FFN, FP8_BY_CUBLAS, compiled, ffn_and_input, in_fp8, placed
 from machine import Meter, record, save
 from summary import FFN_SHAPES, MATMUL_SHAPES, TRAINING_SHAPES, Row, Shape, named, shape_of, show, summary
 from timing import Runs, burst, captured, host_in_turn, in_graphs, in_turn, kernel_times, middle, repeated, row
 from torch import Tensor
-from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 import ao_act24
 from ao_act24 import when
@@ -209,12 +208,6 @@ def fp8_ffn(ffn: FFN, x: Tensor, meter: Meter, **modes: Any) -> dict[str, Row]:
     return timed
 
 
-def in_fp8(ffn: FFN) -> FFN:
-    converted = copy.deepcopy(ffn)
-    quantize_(converted, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-    return converted
-
-
 def with_the_faster(timed: dict[str, Row], candidates: Runs) -> dict[str, Row]:
     """Of cuSPARSELt's candidates only that one, with its algorithm."""
     if not candidates:
@@ -337,7 +330,8 @@ def rule_fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """As ``rule``, in fp8, where rounds are uneven or K is short; dense in its default mode."""
     for shape in RULE_FP8:
         with FP8_BY_CUBLAS:
-            yield ruled(shape, 90, torch.float8_e4m3fn, meter)
+            found = ruled(shape, 90, torch.float8_e4m3fn, meter)
+        yield found
 
 
 def ruled(shape: Shape, zeros: int, dtype: torch.dtype, meter: Meter, **modes: Any) -> list[Row]:
