@@ -19,7 +19,7 @@ below ``relu(h) = 2**-7``, where the gradient's factor is off by up to ``2**-12`
 
 With ``feature_wise`` the last two run in 2:4 along tokens, and are approximate: of every four tokens each feature keeps
 the two largest entries of ``d h`` and of ``y``. Neighbouring tokens fire the same features, and so do those at one
-place of several sequences: groups are made of tokens that are far apart (``reference.group_stride``). And the features
+place of several sequences: groups are made of tokens that are far apart (``reference.group_strides``). And the features
 that fire most, of which most would be lost, are done dense: the same ones for both, ``d h`` being zero wherever ``y``
 is. Only gradients of weights look across tokens: what a token sees in the forward pass, and sends back, depends on no
 later one. Method: arXiv 2503.16672.

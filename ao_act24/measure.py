@@ -93,10 +93,9 @@ def across_tokens(values: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
     That is the two smallest of every four tokens of a feature, but for the features in which ``activation`` fires most.
     Both tensors are ``[..., H]``, dense: the activation itself, or the gradient by ``h`` with it.
     """
-    stride = reference.group_stride(values.shape) if autograd.PERMUTED else 0
     squares = values.double().reshape(-1, values.shape[-1]).square()
     counts = (activation.reshape(-1, values.shape[-1]) != 0).sum(0, dtype=torch.int32)
-    groups = reference.in_groups(squares[: reference.in_whole_groups(squares.shape[0], stride)], stride)
+    groups = reference.in_groups(squares[: squares.shape[0] // 4 * 4], autograd.PERMUTED)
     dropped = groups.topk(2, 1, largest=False).values.sum((0, 1))
     dropped[ops.densest(counts, autograd.how_many_densest(len(counts)))[0]] = 0
     return squares.sum(), dropped.sum()

@@ -317,7 +317,7 @@ def _fake_feature_wise(packed: Tensor, metadata: Tensor, permuted: bool, counted
     tokens, hidden_dim = math.prod(packed.shape[:-1]), packed.shape[-1] * 2
     codes = packed.new_empty(layout.metadata_shape((hidden_dim, tokens // 4 * 4)), dtype=torch.uint8)
     dtype = torch.int32 if counted else reference.accumulation_dtype(packed.dtype)
-    totals, left = packed.new_empty(hidden_dim, dtype=dtype), packed.new_empty((4, hidden_dim))
+    totals, left = packed.new_empty(hidden_dim, dtype=dtype), packed.new_empty((3, hidden_dim))
     return packed.new_empty((tokens // 4 * 2, hidden_dim)), codes, totals, left
 
 
@@ -340,8 +340,8 @@ def _check_feature_wise_mm(
     _same("dense", dense, "packed", packed)
     _same("left", left, "packed", packed)
     torch._check_value(
-        left.dim() == 2 and left.shape[0] == 4 and left.shape[1] == packed.shape[1],
-        lambda: f"left must be [4, H] with H = {packed.shape[1]} as in packed, got {tuple(left.shape)}",
+        left.dim() == 2 and left.shape[0] == 3 and left.shape[1] == packed.shape[1],
+        lambda: f"left must be [3, H] with H = {packed.shape[1]} as in packed, got {tuple(left.shape)}",
     )
     torch._check_value(
         dense.dim() >= 2 and math.prod(dense.shape[:-1]) // 4 * 2 == packed.shape[0],

@@ -308,16 +308,14 @@ def feature_wise(
         with torch.cuda.device(index):
             return feature_wise(packed, metadata, permuted, counted)
     tokens = packed.numel() // max(packed.shape[-1], 1)
-    stride = reference.group_stride(packed.shape) if permuted else 0
-    plan = PLANS.feature_wise(tokens, hidden_dim, stride, counted, packed.dtype, index)
+    plan = PLANS.feature_wise(tokens, hidden_dim, permuted, counted, packed.dtype, index)
     if plan is None:
         return reference.feature_wise(packed, metadata, permuted, counted)
     packed, metadata = _aligned(packed), _aligned(metadata)
     wise, codes, parts, left = (_empty(*shape) for shape in plan.outputs)
     plan.launch(*(tensor.data_ptr() for tensor in (packed, metadata, wise, codes, parts, left)))
-    totals, whole = parts.sum(0, dtype=parts.dtype), reference.in_whole_groups(tokens, stride)
-    if whole < tokens:  # one to four rows of the last block of metadata
-        wise[whole // 2 :] = 0
+    totals, whole = parts.sum(0, dtype=parts.dtype), tokens // 4 * 4
+    if whole < tokens:  # one to three rows of the last block of metadata
         rows = layout.to_rows(metadata[-16:], tokens - whole // 16 * 16, hidden_dim)[whole % 16 :]
         left[: tokens - whole] = reference.unpack(packed.reshape(tokens, -1)[whole:], layout.from_rows(rows))
         totals += reference.total(left, counted)
@@ -353,8 +351,7 @@ def feature_wise_mm(
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
             return feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)
-    stride = reference.group_stride(dense.shape) if permuted else 0
-    plan = PLANS.feature_wise_mm(packed.shape, dense.shape[-1], stride, transposed, packed.dtype, index)
+    plan = PLANS.feature_wise_mm(packed.shape, dense.shape[-1], permuted, transposed, packed.dtype, index)
     if plan is None:
         return reference.feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)
     metadata, exact, slots = _aligned(metadata), _aligned(exact), _aligned(slots)
@@ -369,7 +366,7 @@ def feature_wise_mm(
         exact.data_ptr(),
         slots.data_ptr(),
     )
-    rest = dense[reference.in_whole_groups(dense.shape[0], stride) :]
+    rest = dense[dense.shape[0] // 4 * 4 :]
     if rest.shape[0]:
         of_rest = left[: rest.shape[0]].masked_fill(slots >= 0, 0)
         (out.t() if transposed else out).addmm_(of_rest.t(), rest)

@@ -114,18 +114,19 @@ def _packing_fp8(shape: torch.Size, stride: int, aligned: bool, dtype: torch.dty
 class _Matmul:
     outputs: tuple[Empty, ...]
     a_maps: Sequence[TensorMap]  # by whole tiles, and by lower ones
-    b_map: TensorMap
+    b_maps: Sequence[tuple[TensorMap, int]]  # and the bytes from which on they see B
     launch: Launch
 
     def run(self, a: Tensor, b: Tensor, *pointers: int) -> None:
         for a_map in self.a_maps:
             a_map.point_to(a.data_ptr())
-        self.b_map.point_to(b.data_ptr())
+        for b_map, begin in self.b_maps:
+            b_map.point_to(b.data_ptr() + begin)
         self.launch(*pointers)
 
 
 def _feature_wise(
-    tokens: int, hidden_dim: int, stride: int, counted: bool, dtype: torch.dtype, index: int
+    tokens: int, hidden_dim: int, permuted: bool, counted: bool, dtype: torch.dtype, index: int
 ) -> _Simple | None:
     whole = tokens // 4 * 4
     if hidden_dim % 64 or not whole * hidden_dim:
@@ -136,11 +137,11 @@ def _feature_wise(
         contiguous((whole // 2, hidden_dim), dtype),
         contiguous(layout.metadata_shape((hidden_dim, whole)), torch.uint8),
         contiguous((-(-whole // 256), hidden_dim), torch.int32 if counted else torch.float32),  # totals of blocks
-        contiguous((4, hidden_dim), dtype),
+        contiguous((3, hidden_dim), dtype),
     )
-    # packed, metadata, the outputs, groups, columns, stride
-    groups = reference.in_whole_groups(tokens, stride) // 4
-    arguments = (*[POINTER] * 6, *map(ctypes.c_int64, (groups, hidden_dim, stride)))
+    # packed, metadata, the outputs, groups, columns, strides
+    strides = reference.group_strides(whole) if permuted else (0, 0)
+    arguments = (*[POINTER] * 6, *map(ctypes.c_int64, (whole // 4, hidden_dim, *strides)))
     grid = -(-hidden_dim // 256), -(-whole // 256)
     return _Simple(outputs, Launch(index, kernel, grid, _THREADS, 0, arguments))
 
@@ -312,15 +313,15 @@ def _grad_hidden(grad: torch.Size, down: torch.Size, dtype: torch.dtype, index: 
 
 
 def _feature_wise_mm(
-    packed: torch.Size, model_dim: int, stride: int, transposed: bool, dtype: torch.dtype, index: int
+    packed: torch.Size, model_dim: int, permuted: bool, transposed: bool, dtype: torch.dtype, index: int
 ) -> _Matmul | None:
     kept, hidden_dim = packed
     if packed.numel() == 0 or model_dim == 0 or hidden_dim % 64 or model_dim % 64:
         return None
     outputs = (contiguous((model_dim, hidden_dim) if transposed else (hidden_dim, model_dim), dtype),)
-    name = "feature_wise_mm" + "_in_order" * (stride == 0) + "_transposed" * transposed
+    name = "feature_wise_mm" + "_in_order" * (not permuted) + "_transposed" * transposed
     # maps, metadata, no bias, out, exact, slots, shape
-    return _matmul(name, hidden_dim, model_dim, 2 * kept, dtype, index, outputs, stride)
+    return _matmul(name, hidden_dim, model_dim, 2 * kept, dtype, index, outputs)
 
 
 class Plans(threading.local):
@@ -345,19 +346,16 @@ def _matmul(
     dtype: torch.dtype,
     index: int,
     outputs: tuple[Empty, ...],
-    stride: int = 0,
 ) -> _Matmul:
-    """A of ``[rows, depth]`` and B of ``[columns, depth]``, as ``DEFINES[name]`` says, of 16 bits.
-
-    ``stride``: so far apart are the rows of K of a ``GROUP``; 0 if they are not in groups.
-    """
+    """A of ``[rows, depth]`` and B of ``[columns, depth]``, as ``DEFINES[name]`` says, of 16 bits."""
     launch.set_current(index)
     kernel, clusters = _matmul_kernel(name, dtype, index)
     how = DEFINES[name]
     a_columns, run, group = how["A_COLUMNS"], how["RUN"], how["GROUP"]
     together = 1 if a_columns == K else 2 if name == "sparse_mm_fp8" else 4  # stages, by the blocks of metadata
     stages = -(-depth // (K * together)) * together
-    shape, clusters = schedule.share_out(rows, columns, stages, clusters, stride)
+    first, last = reference.group_strides(depth) if group > 1 else (0, depth)
+    shape, clusters = schedule.share_out(rows, columns, stages, clusters, first)
     stored, heights = depth * a_columns // K, (3, shape.lower_height)
     if how["A_MN"]:
         size, strides = (64, stored, rows // 64), (2 * rows, 128)
@@ -367,18 +365,24 @@ def _matmul(
         a_maps = [TensorMap(dtype, size, strides, (a_columns, 64 * height, 1)) for height in heights]
     per_block = TILE_COLUMNS // CLUSTER
     if how["B_MN"]:  # by 64 columns; of every group of rows of K one after the other
-        apart = stride or depth
-        b_size = 64, group, apart, columns // 64, depth // (group * apart)
-        b_strides = 2 * columns * apart, 2 * columns, 128, 2 * columns * group * apart
-        b_map = TensorMap(dtype, b_size, b_strides, (64, group, K // group, per_block // 64, 1))
+        b_maps = []
+        for apart, begin in ((first, 0), (last, group * first)):
+            b_size = 64, group, apart, columns // 64, 1
+            b_strides = 2 * columns * apart, 2 * columns, 128, 2 * columns * depth
+            if apart:  # else there are none, and the other one stands for it
+                box = 64, group, K // group, per_block // 64, 1
+                b_maps.append((TensorMap(dtype, b_size, b_strides, box), 2 * columns * begin))
     else:  # in the order of tiles.cuh: of every RUN rows, row RUN / 4 * q + 2 a + b comes to lie at 8 a + 2 q + b
         b_size = depth, 2, 4, run // 8, columns // run
         b_strides = 2 * depth, 2 * depth * (run // 4), 4 * depth, 2 * depth * run
-        b_map = TensorMap(dtype, b_size, b_strides, (K, 2, 4, run // 8, per_block // run))
+        b_maps = [(TensorMap(dtype, b_size, b_strides, (K, 2, 4, run // 8, per_block // run)), 0)]
     pointers = 6 if name == "linear_relu2_sparsify_fp8" else 5 if a_columns < K else 3
-    arguments = (*(each.words for each in (*a_maps, b_map)), *[POINTER] * pointers, shape)
+    maps = (*a_maps, b_maps[0][0])
+    if source(name) == "sparse_mm":  # uses the last one with a GROUP only
+        maps = (*maps, b_maps[-1][0])
+    arguments = (*(each.words for each in maps), *[POINTER] * pointers, shape)
     ready = Launch(index, kernel, (CLUSTER * clusters, 1), MATMUL_THREADS, _shared_bytes(name), arguments)
-    return _Matmul(outputs, a_maps, b_map, ready)
+    return _Matmul(outputs, a_maps, b_maps, ready)
 
 
 @functools.cache

@@ -6,9 +6,6 @@ Shapes: ``h`` is ``[..., H]`` with H divisible by 4, ``packed`` ``[..., H / 2]``
 Method: "Accelerating Transformer Inference and Training with 2:4 Activation Sparsity", arXiv 2503.16672.
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -199,25 +196,22 @@ def feature_wise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token-wise 2:4 to feature-wise: of every four tokens the two entries of largest magnitude, for each feature.
 
-    The tokens of a group are ``group_stride`` apart, which have little to do with each other, or, not ``permuted``,
-    neighbours. Groups are in the order of their first tokens. Up to four tokens are left over.
+    The tokens of a group are ``group_strides`` apart, which have little to do with each other, or, not ``permuted``,
+    neighbours. Groups are in the order of their first tokens. Up to three tokens are left over.
 
     Returns:
-        packed: ``[2 Q, H]``, Q being ``tokens // 4``: rows 2 j and 2 j + 1 are what was kept of group j; zeros of the
-            last one where four tokens are left over.
+        packed: ``[2 Q, H]``, Q being ``tokens // 4``: rows 2 j and 2 j + 1 are what was kept of group j.
         metadata: of ``[H, 4 Q]``, a row a feature: as in ``layout``.
         totals: ``[H]``: of each feature, over all tokens, before: if ``counted`` the number of non-zeros, int32, else
             the sum, fp32 (fp64 of fp64).
-        left: ``[4, H]``, dense: the tokens left over, then zeros. (Of one size: no graph depends on it.)
+        left: ``[3, H]``, dense: the tokens left over, then zeros. (Of one size: no graph depends on it.)
     """
     dense = unpack(packed, metadata)
-    stride = group_stride(dense.shape) if permuted else 0
     dense = dense.reshape(-1, dense.shape[-1])
-    whole = in_whole_groups(dense.shape[0], stride)
-    rows = in_groups(dense[:whole], stride).flatten(0, 1).t()
-    rows = torch.nn.functional.pad(rows, (0, dense.shape[0] // 4 * 4 - whole))
+    whole = dense.shape[0] // 4 * 4
+    rows = in_groups(dense[:whole], permuted).flatten(0, 1).t()
     index = two_largest(rows)
-    left = torch.cat([dense[whole:], dense.new_zeros(4 - dense[whole:].shape[0], dense.shape[1])])
+    left = torch.cat([dense[whole:], dense.new_zeros(3 - dense[whole:].shape[0], dense.shape[1])])
     return take(rows, index).t().contiguous(), layout.encode(index), total(dense, counted), left
 
 
@@ -228,34 +222,27 @@ def total(dense: Tensor, counted: bool) -> Tensor:
     return dense.sum(0, dtype=accumulation_dtype(dense.dtype))
 
 
-def group_stride(shape: Sequence[int]) -> int:
-    """How far apart the tokens of a group are, of ``[..., sequence, H]``: a quarter of all tokens, if it can be.
+def group_strides(tokens: int) -> tuple[int, int]:
+    """How far apart the four tokens of a group are, of ``tokens``, whole fours: of the first ones, and of the last.
 
-    Not where a quarter is a whole number of sequences: what fires at a place, such as a first token, would fire in all
-    four. Then it is an odd number of half sequences, so that two of them are at another place and two in another one;
-    or, where that is no multiple of sixteen, which kernels bring in together, one less than a quarter: all are at other
-    places, and four tokens are left over.
+    A quarter of all tokens would be a whole number of sequences in the usual batch, and what fires at a place, such as
+    a first token, would fire in all four. So the first is an odd number of sixteens, which kernels bring in together,
+    some 240 less than a quarter, or of few tokens half of it. (For sequences of 128 tokens or more, all four are then
+    at one place only where it happens to be a whole number of these: nine of 1000, say.) What that leaves over, 960
+    tokens of many, makes groups a quarter of that apart.
     """
-    tokens = math.prod(shape[:-1])
-    length = shape[-2] if len(shape) > 2 else tokens
-    if tokens == 0 or tokens % (4 * length):
-        return tokens // 4
-    sequences = tokens // length
-    odd = sequences // (sequences & -sequences)
     quarter = tokens // 4
-    return odd * length // 2 if odd * length % 32 == 0 else quarter - (quarter > 2)
+    first = (quarter - min(240, quarter // 2)) // 32 * 32 + 16 if quarter >= 32 else 0
+    return first, quarter - first
 
 
-def in_whole_groups(tokens: int, stride: int) -> int:
-    """Of how many tokens groups are made, the others being left over."""
-    return tokens // (4 * stride) * 4 * stride if stride else tokens // 4 * 4
-
-
-def in_groups(tokens: Tensor, stride: int) -> Tensor:
-    """``[4 Q, ...]`` to ``[Q, 4, ...]``: tokens ``stride`` apart, or neighbours where that is 0."""
-    if stride == 0:
+def in_groups(tokens: Tensor, permuted: bool) -> Tensor:
+    """``[4 Q, ...]`` to ``[Q, 4, ...]``: tokens ``group_strides`` apart, or neighbours."""
+    if not permuted or tokens.shape[0] == 0:
         return tokens.unflatten(0, (tokens.shape[0] // 4, 4))
-    return tokens.unflatten(0, (tokens.shape[0] // (4 * stride), 4, stride)).transpose(1, 2).flatten(0, 1)
+    first, last = group_strides(tokens.shape[0])
+    parts = (tokens[: 4 * first], first), (tokens[4 * first :], last)
+    return torch.cat([part.unflatten(0, (4, stride)).transpose(0, 1) for part, stride in parts if stride])
 
 
 def densest(counts: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
@@ -286,11 +273,10 @@ def feature_wise_mm(
     """
     wide = accumulation_dtype(packed.dtype)
     rows = unpack(packed.t(), metadata).to(wide)
-    stride = group_stride(dense.shape) if permuted else 0
     dense = dense.reshape(-1, dense.shape[-1])
-    whole = in_whole_groups(dense.shape[0], stride)
-    groups, rest = in_groups(dense[:whole].to(wide), stride), dense[whole:].to(wide)
-    out = (rows[:, :whole] @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
+    whole = dense.shape[0] // 4 * 4
+    groups, rest = in_groups(dense[:whole].to(wide), permuted), dense[whole:].to(wide)
+    out = (rows @ groups.flatten(0, 1) + left[: rest.shape[0]].to(wide).t() @ rest).to(packed.dtype)
     out[slots >= 0] = exact[slots[slots >= 0]]
     return out.t().contiguous() if transposed else out
 

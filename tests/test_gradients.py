@@ -52,29 +52,25 @@ def test_every_root(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("permuted", [True, False])
 @pytest.mark.parametrize(
-    "sequences, size",
-    [
-        *((1, size) for size in GRADIENT_SIZES),
-        *((8, (512, 128, 320)), (12, (3072, 320, 576)), (4, (4096, 64, 64))),
-        *((4, (260, 64, 64)), (8, (8184, 128, 320)), (16, (16 * 33, 64, 192))),  # four tokens are left over
-    ],
+    "size",
+    [*GRADIENT_SIZES, (512, 128, 320), (1028, 64, 64), (1100, 64, 192), (3072, 320, 576), (8184, 128, 320)],
     ids=str,
 )
-def test_feature_wise(sequences, size, permuted, dtype):
+def test_feature_wise(size, permuted, dtype):
     tokens, model_dim, hidden_dim = size
     h = random(tokens, hidden_dim, dtype=dtype)
     h[::3, 1::5] = -0.0
     h[tokens // 2, :8], h[0, 8:16] = float("nan"), float("-inf")
-    packed, metadata = reference.sparsify(h.view(sequences, -1, hidden_dim))
+    packed, metadata = reference.sparsify(h)
     for counted in (True, False):
         got, want = (each.feature_wise(packed, metadata, permuted, counted) for each in (cuda, reference))
         for index in (0, 3):  # with a NaN
             assert torch.equal(got[index].view(torch.int16), want[index].view(torch.int16))
         assert torch.equal(got[1], want[1]) and got[2].dtype == want[2].dtype
         torch.testing.assert_close(got[2], want[2], equal_nan=True)
-    h = small_integers(sequences, tokens // sequences, hidden_dim, dtype=dtype, most=3)
+    h = small_integers(tokens, hidden_dim, dtype=dtype, most=3)
     wise, codes, _, left = reference.feature_wise(*reference.relu2_sparsify(h), permuted, True)
-    dense = small_integers(*h.shape[:2], model_dim // 64 * 64, dtype=dtype)
+    dense = small_integers(tokens, model_dim // 64 * 64, dtype=dtype)
     left = left * 0  # what it adds is rounded again
     exact = small_integers(24, dense.shape[-1], dtype=dtype)
     for chosen in (0, 24):
@@ -264,8 +260,7 @@ def test_the_gradients_of_weights_are_as_exact_as_dense_ones(size, permuted, dty
     """On what 2:4 along tokens keeps; what the tokens left over add is rounded once more."""
     tokens, model_dim, hidden_dim = size
     whole = tokens // 4 * 4
-    order = torch.arange(whole, device="cuda")
-    order = order.view(4, -1).t().flatten() if permuted else order
+    order = reference.in_groups(torch.arange(whole, device="cuda"), permuted).flatten()
     slots = torch.full((hidden_dim,), -1, device="cuda", dtype=torch.int32)
     for transposed, pack in ((False, reference.sparsify), (True, reference.relu2_sparsify)):  # of up, of down
         wise, codes, _, left = cuda.feature_wise(*pack(random(tokens, hidden_dim, dtype=dtype)), permuted, True)
@@ -292,7 +287,7 @@ def test_gradients_that_are_not_finite(permuted):
     those of all."""
     wise, codes, _, left = cuda.feature_wise(*cuda.relu2_sparsify(random(1024, 512)), permuted, True)
     grad, slots = random(1024, 128), torch.full((512,), -1, device="cuda", dtype=torch.int32)
-    order = torch.arange(1024).view(4, -1).t().flatten() if permuted else torch.arange(1024)
+    order = reference.in_groups(torch.arange(1024), permuted).flatten()
 
     def both():
         arguments = wise, codes, left, grad, grad[:0], slots, permuted, False
@@ -340,18 +335,19 @@ def test_more_tokens_and_features_than_32_bits_count():
 def test_gradients_of_weights_with_more_elements_than_32_bits_count(permuted):
     """As above, of some groups of tokens and some features; with totals of all."""
     (tokens, hidden_dim), (packed, metadata) = FAR, far()
-    quarter = tokens // 4
+    quarter, (first, last) = tokens // 4, reference.group_strides(tokens // 4 * 4)
     wise, codes, counts, left = cuda.feature_wise(packed, metadata, permuted, True)
     rows = layout.to_rows(codes, hidden_dim, 4 * quarter)
-    for group in (0, 4096, 8192, quarter - 16):
-        firsts = [group + i * quarter if permuted else 4 * group + 16 * i for i in range(4)]
+    for group in (0, 4096, 8192, first - 16, first, quarter - 16):
+        begin, apart = (group, first) if group < first else (group + 3 * first, last)
+        firsts = [begin + i * apart if permuted else 4 * group + 16 * i for i in range(4)]
         members = (torch.cat([each[first : first + 16] for first in firsts]) for each in (packed, metadata))
         want, want_codes, _, _ = reference.feature_wise(*members, permuted, True)
         assert torch.equal(wise[2 * group : 2 * group + 32], want)
         assert torch.equal(rows[:, group // 2 : group // 2 + 8], layout.to_rows(want_codes, hidden_dim, 64))
     dense, sums = cuda.unpack(packed, metadata), cuda.feature_wise(packed, metadata, permuted, False)[2]
     assert torch.equal(counts, (dense != 0).sum(0, dtype=torch.int32))
-    assert torch.equal(left[:3], dense[-3:]) and not left[3:].any()
+    assert torch.equal(left, dense[-3:])
     assert torch.equal(sums, dense.sum(0, dtype=torch.float32))
     del dense, packed
     x, left = small_integers(tokens, 64), left * 0  # what it adds is rounded again

@@ -14,7 +14,7 @@ from ao_act24.kernels import cuda, launch, plans, reference, schedule
 
 KERNELS = {
     "matmul": 1,
-    "sparse_mm": 7,
+    "sparse_mm": 15,
     "densest": 8,
     "relu2_sparsify": 2,
     "relu2_sparsify_any": 3,
@@ -28,7 +28,7 @@ ARGUMENTS = {
     1: 7,
     2: 6,
     3: 6,
-    4: 9,
+    4: 10,
     5: 5,
     6: 7,
     7: 9,
@@ -39,6 +39,7 @@ ARGUMENTS = {
     12: 6,
     13: 11,
     14: 11,
+    15: 10,
 }  # how many each has
 STREAM = 0x7FFF00000040
 SUCCESS = (driver.CUresult.CUDA_SUCCESS,)
@@ -259,8 +260,8 @@ def test_sparse_mm(tokens, launched):
         weight = torch.randn(256, 512).to(BF16)
         out = cuda.sparse_mm(packed.view(2, -1, 256), metadata, weight, bias)
         assert out.shape == (2, tokens // 2, 256) and out.is_contiguous()
-        assert launched.words[:4] == [*[packed.data_ptr()] * 2, weight.data_ptr(), metadata.data_ptr()]
-        assert launched.words[4:6] == [0 if bias is None else bias.data_ptr(), out.data_ptr()]
+        assert launched.words[:5] == [*[packed.data_ptr()] * 2, *[weight.data_ptr()] * 2, metadata.data_ptr()]
+        assert launched.words[5:7] == [0 if bias is None else bias.data_ptr(), out.data_ptr()]
         check_work(launched, tokens)
 
 
@@ -319,22 +320,17 @@ WISE = [name for name in plans.DEFINES if "wise" in name]
 
 
 @pytest.mark.parametrize(
-    "name, sequences", [("sparse_mm_mn", 1), ("grad_hidden", 1), *itertools.product(WISE, (1, 8))], ids=str
+    "name, depth", [("sparse_mm_mn", 512), ("grad_hidden", 512), *itertools.product(WISE, (512, 1088, 1292))], ids=str
 )
-def test_what_is_brought_in_mn_major(name, sequences, launched):
+def test_what_is_brought_in_mn_major(name, depth, launched):
     """B as [K, N]: 64 rows of K by 64 columns of N, one such block after another. By groups, rows a stride apart."""
-    depth, columns, rows, whole = 512, 320, 192, [*range(64)]
-    stride, weight = depth // 4 if sequences == 1 else 32, torch.randn(depth, columns).to(BF16)
+    columns, rows = 320, 192
+    weight = torch.randn(depth, columns).to(BF16)
     if name == "sparse_mm_mn":
         packed, metadata = reference.relu2_sparsify(torch.randn(rows, depth).to(BF16))
         out = cuda.sparse_mm(packed, metadata, weight.t())
-        assert launched.words[:6] == [
-            *[packed.data_ptr()] * 2,
-            weight.data_ptr(),
-            metadata.data_ptr(),
-            0,
-            out.data_ptr(),
-        ]
+        assert launched.words[:4] == [*[packed.data_ptr()] * 2, *[weight.data_ptr()] * 2]
+        assert launched.words[4:7] == [metadata.data_ptr(), 0, out.data_ptr()]
     elif name == "grad_hidden":
         packed, metadata = reference.relu2_sparsify(torch.randn(rows, columns).to(BF16))
         grad = torch.randn(rows, depth).to(BF16)
@@ -344,35 +340,36 @@ def test_what_is_brought_in_mn_major(name, sequences, launched):
     else:
         permuted, transposed = "in_order" not in name, "transposed" in name
         packed, metadata, _, left = reference.feature_wise(
-            *reference.relu2_sparsify(torch.randn(sequences, depth // sequences, rows).to(BF16)), permuted, True
+            *reference.relu2_sparsify(torch.randn(depth, rows).to(BF16)), permuted, True
         )
-        dense = weight.view(sequences, depth // sequences, columns)[0 if sequences == 1 else slice(None)]
-
         exact, slots = weight[:8].clone(), torch.full((rows,), -1, dtype=torch.int32)
-        out = cuda.feature_wise_mm(packed, metadata, left, dense, exact, slots, permuted, transposed)
-        assert launched.words[6:8] == [exact.data_ptr(), slots.data_ptr()]
+        out = cuda.feature_wise_mm(packed, metadata, left, weight, exact, slots, permuted, transposed)
+        assert launched.words[7:9] == [exact.data_ptr(), slots.data_ptr()]
         assert out.shape == ((columns, rows) if transposed else (rows, columns)) and out.is_contiguous()
-        assert launched.words[:6] == [
-            *[packed.data_ptr()] * 2,
-            weight.data_ptr(),
-            metadata.data_ptr(),
-            0,
-            out.data_ptr(),
-        ]
-        whole = [j + i * stride if permuted else 4 * j + i for j in range(16) for i in range(4)]
-        assert schedule.Shape.from_address(launched.arguments[-1]).stride == stride * permuted
-        assert launched.maps[-1][0][2::2] == ([stride, depth // (4 * stride)] if permuted else [depth, 1])
-        assert launched.maps[-1][1][3] == 2 * columns * (4 * stride if permuted else depth)
+        first, last = reference.group_strides(depth)
+        begin = weight.data_ptr() + (8 * first * columns if permuted else 0)
+        assert launched.words[:4] == [*[packed.data_ptr()] * 2, weight.data_ptr(), begin]
+        assert launched.words[4:7] == [metadata.data_ptr(), 0, out.data_ptr()]
+        assert schedule.Shape.from_address(launched.arguments[-1]).stride == first * permuted
+        strides = [stride for stride in (first, last) if stride] if permuted else [depth]
+        assert [sizes[2] for sizes, *_ in launched.maps[2:]] == strides
+        for (sizes, apart, box), stride in zip(launched.maps[2:], strides):
+            rows_of_k = [j + i * stride if permuted else 4 * j + i for j in range(16) for i in range(4)]
+            assert math.prod(sizes) == (4 * stride if permuted else depth) * columns
+            assert addresses(apart, box) == [
+                k * columns + 64 * block + n for block in range(2) for k in rows_of_k for n in range(64)
+            ]
         for (_, strides, box), height in zip(launched.maps, (3, 1)):  # A: 32 rows that were kept, by 64 features
             want = [row * rows + 64 * block + m for block in range(height) for row in range(32) for m in range(64)]
             assert addresses(strides, box) == want
-    sizes, strides, box = launched.maps[-1]
-    assert math.prod(sizes) == depth * columns
-    assert addresses(strides, box) == [
-        k * columns + 64 * block + n for block in range(2) for k in whole for n in range(64)
-    ]
+    if name not in WISE:
+        sizes, strides, box = launched.maps[-1]
+        assert math.prod(sizes) == depth * columns
+        assert addresses(strides, box) == [
+            k * columns + 64 * block + n for block in range(2) for k in range(64) for n in range(64)
+        ]
     schedule_of = schedule.Shape.from_address(launched.arguments[-1])
-    assert (schedule_of.tokens, schedule_of.columns, schedule_of.stages) == (rows, columns, depth // 64)
+    assert (schedule_of.tokens, schedule_of.columns, schedule_of.stages) == (rows, columns, -(-depth // 256) * 4)
 
 
 def test_regrouping_and_unpacking(launched):
@@ -383,7 +380,7 @@ def test_regrouping_and_unpacking(launched):
             got[3][:2], want[3][:2]
         )
         first, left = [tensor.data_ptr() for tensor in (packed, metadata, *got[:2])], got[3].data_ptr()
-        assert launched.words[:4] == first and launched.words[5:] == [left, 17, 192, 17]
+        assert launched.words[:4] == first and launched.words[5:] == [left, 17, 192, 0, 17]
     counts = got[2].int()
     index, slots = cuda.densest(counts, 16)
     assert (index.shape, index.dtype, slots.shape, slots.dtype) == ((16,), torch.int64, (192,), torch.int32)

@@ -2,8 +2,9 @@
 // many entries are not zero, or their sum, over the tokens of a block. Bound by memory: 1.125 bytes read and as many written an element;
 // some 7 integer operations an element, of which a multiprocessor does 64 a clock, take nearly as long.
 //
-// The tokens of a group are `stride` apart, or neighbours where that is 0; of group j wise rows 2 j and 2 j + 1 keep two. A thread
-// regroups eight features by four tokens of four groups; a block 256 features by 64 groups, whose codes it gathers to whole lines.
+// The tokens of a group are `first` apart, those of groups from `first` on, whose tokens are those from 4 `first` on, `last`; or
+// neighbours where `last` is 0. Of group j wise rows 2 j and 2 j + 1 keep two. A thread regroups eight features by four tokens of four
+// groups; a block 256 features by 64 groups, whose codes it gathers to whole lines.
 //
 // Compile-time: ELEMENT ("bf16" or "f16").
 
@@ -30,22 +31,23 @@ struct Sums {
   __device__ __forceinline__ float of(int which) const { return which ? high : low; }
 };
 
-// Four groups from `group` on, eight features from `column` on: codes of each two features, 16 bits each.
+// Four groups from `group` on, of tokens `apart`, the first one's from `begin` on, the others' `next` after each other; eight features
+// from `column` on: codes of each two features, 16 bits each.
 // TOGETHER: of each token of a group the rows of all four groups are in the same half block of metadata.
 template <bool TOGETHER, class Totals>
 __device__ __forceinline__ void regroup(const u16* packed, const u8* metadata, u16* wise, u32 (&codes)[4], Totals (&totals)[4],
-                                        const uint2* selectors, i64 group, i64 groups, i64 column, i64 columns, u32 stride) {
+                                        const uint2* selectors, i64 group, i64 groups, i64 begin, u32 apart, int next, i64 column,
+                                        i64 columns) {
   const i64 padded_columns = (columns + 255) / 256 * 256;
-  const i64 begin = stride ? group + (u32)group / stride * (i64)stride * 3 : 4 * group;
   uint2 twos[4][4];  // of each group, of each token: four kept entries
   u32 bytes[4][4];   // their codes
 #pragma unroll
   for (int token = 0; token < 4; ++token) {
-    const i64 first = begin + (stride ? token * (i64)stride : token);
+    const i64 first = begin + token * (i64)apart;
     const u8* place = metadata + 2 * metadata_half(first, padded_columns, column) + column / 8 % 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const i64 row = first + (stride ? i : 4 * i);
+      const i64 row = first + next * i;
       const bool inside = TOGETHER || group + i < groups;
       if (!TOGETHER && inside) place = metadata + 2 * metadata_half(row, padded_columns, column) + column / 8 % 2;
       twos[i][token] = inside ? __ldg((const uint2*)(packed + row * (columns / 2) + column / 2)) : make_uint2(0, 0);
@@ -81,10 +83,10 @@ __device__ __forceinline__ void regroup(const u16* packed, const u8* metadata, u
   }
 }
 
-// totals: [blocks of GROUPS, columns]; left: [4, columns], zeros.
+// totals: [blocks of GROUPS, columns]; left: [3, columns], zeros.
 template <class Totals, class Total>
 __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metadata, u16* wise, uint4* wise_metadata, Total* totals,
-                                             u16* left, i64 groups, i64 columns, u32 stride) {
+                                             u16* left, i64 groups, i64 columns, i64 first, i64 last) {
   constexpr int LINE = 256 + 8;  // halves: a block of 16 features by 256 entries, and a shift to other banks
   __shared__ __align__(16) u16 codes[FEATURES / 16 * LINE];
   __shared__ Total warp_totals[8][FEATURES];
@@ -97,13 +99,15 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
 #pragma unroll 1
   for (int four = warp; four < GROUPS / 4; four += 8) {  // groups
     const i64 group = (i64)blockIdx.y * GROUPS + 4 * four;
+    const i64 begin = last == 0 ? 4 * group : group < first ? group : group + 3 * first;
+    const u32 apart = last == 0 ? 1 : group < first ? first : last;
     u32 two_codes[4] = {};  // nothing kept of nothing: zeros keep their first two
     if (column >= columns || group >= groups) {
       for (u32& word : two_codes) word = 0x44444444u;
-    } else if (stride && stride % 4 == 0) {
-      regroup<true>(packed, metadata, wise, two_codes, mine, selectors, group, groups, column, columns, stride);
+    } else if (apart % 4 == 0) {
+      regroup<true>(packed, metadata, wise, two_codes, mine, selectors, group, groups, begin, apart, 1, column, columns);
     } else {
-      regroup<false>(packed, metadata, wise, two_codes, mine, selectors, group, groups, column, columns, stride);
+      regroup<false>(packed, metadata, wise, two_codes, mine, selectors, group, groups, begin, apart, last == 0 ? 4 : 1, column, columns);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -119,23 +123,26 @@ __device__ __forceinline__ void feature_wise(const u16* packed, const u8* metada
     Total total = 0;  // in a fixed order
     for (int i = 0; i < 8; ++i) total += warp_totals[i][threadIdx.x];
     totals[blockIdx.y * columns + feature] = total;
-    for (int token = 0; blockIdx.y == 0 && token < 4; ++token) left[token * columns + feature] = 0;
+    for (int token = 0; blockIdx.y == 0 && token < 3; ++token) left[token * columns + feature] = 0;
   }
   // whole lines: 32 times 16 bytes a block of 16 features
   for (int i = threadIdx.x; i < FEATURES / 16 * 32; i += 256) {
     const i64 block = (i64)blockIdx.x * (FEATURES / 16) + i / 32;
-    if (block * 16 < columns) wise_metadata[(block * gridDim.y + blockIdx.y) * 32 + i % 32] = *(const uint4*)(codes + i / 32 * LINE + i % 32 * 8);
+    const uint4 line = *(const uint4*)(codes + i / 32 * LINE + i % 32 * 8);
+    if (block * 16 < columns) wise_metadata[(block * gridDim.y + blockIdx.y) * 32 + i % 32] = line;
   }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     feature_wise_counts(const u16* __restrict__ packed, const u8* __restrict__ metadata, u16* __restrict__ wise,
-                        uint4* __restrict__ wise_metadata, int* __restrict__ counts, u16* __restrict__ left, i64 groups, i64 columns, i64 stride) {
-  feature_wise<Counts>(packed, metadata, wise, wise_metadata, counts, left, groups, columns, stride);
+                        uint4* __restrict__ wise_metadata, int* __restrict__ counts, u16* __restrict__ left, i64 groups,
+                        i64 columns, i64 first, i64 last) {
+  feature_wise<Counts>(packed, metadata, wise, wise_metadata, counts, left, groups, columns, first, last);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     feature_wise_sums(const u16* __restrict__ packed, const u8* __restrict__ metadata, u16* __restrict__ wise,
-                      uint4* __restrict__ wise_metadata, float* __restrict__ sums, u16* __restrict__ left, i64 groups, i64 columns, i64 stride) {
-  feature_wise<Sums>(packed, metadata, wise, wise_metadata, sums, left, groups, columns, stride);
+                      uint4* __restrict__ wise_metadata, float* __restrict__ sums, u16* __restrict__ left, i64 groups, i64 columns,
+                      i64 first, i64 last) {
+  feature_wise<Sums>(packed, metadata, wise, wise_metadata, sums, left, groups, columns, first, last);
 }

@@ -14,7 +14,7 @@ struct Shape {
   int rounds;  // whole tiles of each cluster; the first `late` of them have one more
   int late;
   int early;  // lower tiles that each of the others takes meanwhile
-  int stride;  // rows of K that are brought in together are so far apart, where GROUP is 4: see tiles.cuh
+  int stride;  // where GROUP is 4, rows of K that are brought in together are so far apart, but for the last ones: see tiles.cuh
 };
 
 struct Tile {

@@ -1,13 +1,13 @@
 // out[T, D] = unpack(packed[T, H/2], metadata) @ weight[D, H]^T + bias[D], 16-bit floats, fp32 accumulation. See tiles.cuh.
 //
-// With B_MN, weight is [H, D]: the gradient of x, or a weight that has a row for each neuron. With A_MN besides, packed is [T/2, H], metadata [H, T], weight
-// [T, D] and out [H, D], or TRANSPOSED [D, H], two of every four tokens being kept for each feature: the gradient of a weight. Features
-// whose slot is not negative get that row of `exact` instead.
+// With B_MN, weight is [H, D]: the gradient of x, or a weight that has a row for each neuron. With A_MN besides, packed is [T/2, H],
+// metadata [H, T], weight [T, D] and out [H, D], or TRANSPOSED [D, H], two of every four tokens being kept for each feature: the gradient
+// of a weight. Features whose slot is not negative get that row of `exact` instead.
 
 #include "tiles.cuh"
 
 struct SparseMM {
-  const TensorMap &a_map, &lower_map, &b_map;
+  const TensorMap &a_map, &lower_map, &b_map, &last_map;
   const uint4* metadata;
   const u16* bias;
   u16* out;
@@ -141,8 +141,8 @@ struct SparseMM {
 };
 
 MATMUL sparse_mm(const __grid_constant__ TensorMap packed_map, const __grid_constant__ TensorMap lower_map,
-                 const __grid_constant__ TensorMap weight_map, const uint4* __restrict__ metadata, const u16* __restrict__ bias,
-                 u16* __restrict__ out, const u16* __restrict__ exact, const int* __restrict__ slots,
-                 const __grid_constant__ Shape shape) {
-  walk(SparseMM{packed_map, lower_map, weight_map, metadata, bias, out, exact, slots, shape}, shape);
+                 const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap last_map,
+                 const uint4* __restrict__ metadata, const u16* __restrict__ bias, u16* __restrict__ out,
+                 const u16* __restrict__ exact, const int* __restrict__ slots, const __grid_constant__ Shape shape) {
+  walk(SparseMM{packed_map, lower_map, weight_map, last_map, metadata, bias, out, exact, slots, shape}, shape);
 }

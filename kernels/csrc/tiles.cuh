@@ -17,7 +17,8 @@
 //
 // That is how it is where B lies in memory as [N, K]. Where it lies as [K, N] (B_MN), rows of N cannot be put in another order, and
 // quads exchange what they have to store. With GROUP = 4, K is not in order: rows j, j + s, j + 2 s, j + 3 s, `stride` apart, come one
-// after the other, for all j below s, and so on from 4 s on. A may also lie as [K, M] (A_MN).
+// after the other, for all j below s, a multiple of 16; then so those from 4 s on, with an s of their own (last_map). A may also lie as
+// [K, M] (A_MN).
 #pragma once
 
 #include "ptx.cuh"
@@ -90,12 +91,19 @@ __device__ __forceinline__ void bring_a(u32 a, const TensorMap& map, u32 ready, 
 }
 
 // This block's part of B's tile, into all blocks of the cluster.
-__device__ __forceinline__ void bring_b(u32 b, const TensorMap& map, u32 ready, int k, int stride, const Tile& tile, u32 rank) {
+template <class Kernel>
+__device__ __forceinline__ void bring_b(u32 b, const Kernel& kernel, u32 ready, int k, int stride, const Tile& tile, u32 rank) {
   const int column = tile.column + rank * (TILE_N / CLUSTER);
   const u32 to = b + rank * (B_BYTES / CLUSTER);
-  const int row = k * (K / GROUP), turn = GROUP > 1 ? row / stride : 0;
-  if (B_MN) copy_box_to((1 << CLUSTER) - 1, to, map, 0, 0, row - turn * stride, column / 64, turn, ready);
-  else copy_box_to((1 << CLUSTER) - 1, to, map, k * K, 0, 0, 0, column / RUN, ready);
+  const int row = k * (K / GROUP);
+  if constexpr (GROUP > 1) {
+    const bool last = row >= stride;
+    copy_box_to((1 << CLUSTER) - 1, to, last ? kernel.last_map : kernel.b_map, 0, 0, last ? row - stride : row, column / 64, 0, ready);
+  } else if (B_MN) {
+    copy_box_to((1 << CLUSTER) - 1, to, kernel.b_map, 0, 0, row, column / 64, 0, ready);
+  } else {
+    copy_box_to((1 << CLUSTER) - 1, to, kernel.b_map, k * K, 0, 0, 0, column / RUN, ready);
+  }
 }
 
 // Of the rows of this thread's warpgroup.
@@ -181,10 +189,10 @@ struct OfColumns {
 // Where there is nothing for a thread's rows.
 struct NoRows {};
 
-// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`; `of_columns()`, of all of them; `of_rows(tile)`, what a
-// thread needs for its rows; `multiply(d, ring, tile, meanwhile)`, which waits for each stage of a tile, releases it when it has been
-// read, calls `meanwhile` when the last products have been issued (where A is sparse only when they are done: the compiler may use the
-// metadata's registers for it), and ends when all are in d; and `store(d, tile, rows, ring)`.
+// A Kernel has `a_map` of whole tiles, `lower_map` of lower ones and `b_map`, with a GROUP `last_map`, too; `of_columns()`, of all of
+// them; `of_rows(tile)`, what a thread needs for its rows; `multiply(d, ring, tile, meanwhile)`, which waits for each stage of a tile,
+// releases it when it has been read, calls `meanwhile` when the last products have been issued (where A is sparse only when they are
+// done: the compiler may use the metadata's registers for it), and ends when all are in d; and `store(d, tile, rows, ring)`.
 //
 // At the end of a tile nothing multiplies, so as little as possible there waits for memory. The producer finds the tiles, one ahead of the
 // one that it brings in, in a place for four. What there is for each column it brings in with a tile's last stage, when all threads are
@@ -226,7 +234,7 @@ __device__ __forceinline__ void walk(const Kernel& kernel, const Shape& shape) {
           if (bias_bytes > 0) copy_bytes(ring.biases(), all.bias + tile.column, bias_bytes, ring.full());
           if (scale_bytes > 0) copy_bytes(ring.scales(), all.scale + tile.column, scale_bytes, ring.full());
           bring_a(a, a_map, ring.full(), k, tile);
-          bring_b(b, kernel.b_map, ring.full(), k, shape.stride, tile, cluster_rank());
+          bring_b(b, kernel, ring.full(), k, shape.stride, tile, cluster_rank());
           ring.next();
         }
       }
