@@ -3,7 +3,7 @@
     python benchmarks/hopper.py                  the whole table and its plots: some 40 minutes (estimated)
     python benchmarks/hopper.py --quick          90 % zeros, three shapes, default torch.compile only: 3 (estimated)
     python benchmarks/hopper.py --only kernels   of kernels, ffn, tokens, rule, outside, training, rule-training,
-                                                 fp8, rule-fp8, decode, decode-fp8
+                                                 fp8, fp8-ffn, rule-fp8, decode, decode-fp8
 
 Everything is timed in one process, in turn, on the same data. A time is the median of rounds, how many times as fast
 one thing is as another the median over rounds of their ratio; bytes a second, sums, energy and host time are of
@@ -186,26 +186,25 @@ def fp8(quick: bool, meter: Meter) -> Iterator[list[Row]]:
         for name, size in sizes.items():
             timed[name]["TB/s"] = size / timed[name]["median"] / 1e9
         yield placed(with_the_faster(timed, theirs), shape, 90)
-        del dense, matmuls, in_graphs, packing, ours, packed, metadata, h, other, operands, x8, first
-        yield placed(fp8_ffn(ffn, x, meter, **({} if quick else TUNED)), shape, 90)
 
 
-def fp8_ffn(ffn: FFN, x: Tensor, meter: Meter, **modes: Any) -> dict[str, Row]:
+def fp8_ffn(quick: bool, meter: Meter) -> Iterator[list[Row]]:
     """The whole FFN in fp8 and in bf16, dense and in 2:4, and the errors that fp8 and 2:4 make.
 
     The errors are those of the second matmul, of up to 8192 tokens, as ``ao_act24.measure`` has them.
     """
-    variants: dict[str, dict[str, Any]] = {"dense": {}, **modes, "2:4": {"backend": "ao_act24"}}
-    runs: Runs = {}
-    for model, suffix in ((in_fp8(ffn), " fp8"), (ffn, "")):
-        with FP8_BY_CUBLAS:
-            made = compiled(model, x, **variants)
-        runs |= {f"FFN {name}{suffix}": run for name, run in made.items()}
-    timed = in_turn(runs, 1.0, 3, meter)
-    (layer,) = ao_act24.measure(ffn, x[:8192], config=ao_act24.Act24Config(dtype="fp8")).layers
-    errors = {name: getattr(layer, name) for name in ("error", "fp8_error", "fp8_error_in_24")}
-    timed["FFN 2:4 fp8"] |= errors
-    return timed
+    variants: dict[str, dict[str, Any]] = {"dense": {}, "2:4": {"backend": "ao_act24"}, **({} if quick else TUNED)}
+    for shape in FFN_SHAPES[:1] if quick else FFN_SHAPES:
+        ffn, x = ffn_and_input(shape, 90)
+        runs: Runs = {}
+        for model, suffix in ((in_fp8(ffn), " fp8"), (ffn, "")):
+            with FP8_BY_CUBLAS:
+                made = compiled(model, x, **variants)
+            runs |= {f"{name}{suffix}": run for name, run in made.items()}
+        timed = in_turn(runs, 1.0, 3, meter)
+        (layer,) = ao_act24.measure(ffn, x[:8192], config=ao_act24.Act24Config(dtype="fp8")).layers
+        timed["2:4 fp8"] |= {name: getattr(layer, name) for name in ("error", "fp8_error", "fp8_error_in_24")}
+        yield placed(timed, shape, 90)
 
 
 def with_the_faster(timed: dict[str, Row], candidates: Runs) -> dict[str, Row]:
@@ -348,8 +347,8 @@ def ruled(shape: Shape, zeros: int, dtype: torch.dtype, meter: Meter, **modes: A
 
 
 PARTS = {"kernels": kernels, "ffn": whole_ffn, "tokens": few_tokens, "rule": rule, "outside": outside}
-PARTS |= {"training": training, "rule-training": rule_training, "fp8": fp8, "rule-fp8": rule_fp8}
-PARTS |= {"decode": decode, "decode-fp8": decode_fp8}
+PARTS |= {"training": training, "rule-training": rule_training, "fp8": fp8, "fp8-ffn": fp8_ffn}
+PARTS |= {"rule-fp8": rule_fp8, "decode": decode, "decode-fp8": decode_fp8}
 
 
 def line(found: Row) -> str:
