@@ -36,9 +36,9 @@ number of tokens; below, for some. (``benchmarks/results/hopper.json``, with mor
 
 Where the first matmul does not pack its own result ("in two steps"), only the second is ours, and its waste alone is
 asked. GPUs of another number of multiprocessors and model_dim below 768 were not measured: dense. fp8 goes by the same
-rule, which leaves it more: 1.19 to 1.52 where waste is 1.07 to 1.22, 1.13 to 1.26 in two steps, where that of the second
-matmul alone is up to 1.53 (``--only rule-fp8``, six sizes). Not measured at its edges: weights that have a row for each
-neuron.
+rule, which leaves it more: 1.19 to 1.52 where waste is 1.07 to 1.22; in two steps 1.13 to 1.26, where that of the
+second matmul alone is 1.11 to 1.53 (``--only rule-fp8``, six sizes). Not measured at its edges: weights that have a row
+for each neuron.
 
 Few tokens of such weights, by the neurons that fire. Dense over that time, in CUDA graphs, weights never in L2, zeros
 independent (``--only decode``); in brackets what the operator would reach where the rule leaves it dense. Half of the

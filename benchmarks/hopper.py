@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from decode import decode, decode_fp8
-from ffns import FFN, FP8_BY_CUBLAS, compiled, ffn_and_input, in_fp8, placed
+from ffns import FP8_BY_CUBLAS, compiled, ffn_and_input, in_fp8, placed
 from machine import Meter, record, save
 from summary import FFN_SHAPES, MATMUL_SHAPES, TRAINING_SHAPES, Row, Shape, named, shape_of, show, summary
 from timing import Runs, burst, captured, host_in_turn, in_graphs, in_turn, kernel_times, middle, repeated, row
