@@ -61,6 +61,7 @@ TWO_STEPS = [(8192, 4096, 16384), (4096, 2048, 8192), (1600, 4096, 16384), (1152
 RULE_FP8 = [(4096, 2048, 8192), (1552, 3584, 14336), (1168, 4608, 18432), (1488, 2048, 8192), (2976, 1024, 4096)]
 RULE_FP8 += [(8512, 768, 3072)]
 RULE_TRAINING = [(2048, 4096, 16384), (11009, 2048, 8192), (16384, 1024, 4096), (32768, 1024, 4096), (26113, 768, 3072)]
+RULE_TRAINING += [(4096, 2048, 8192), (8192, 1024, 4096), (4096, 1280, 5120)]
 EDGES = ("rule", "outside", "rule-training", "rule-fp8")  # parts without a quick form
 HOST_AT = (128, 2048, 8192)  # where host time is measured: small enough that the GPU waits for it
 TUNED = {"dense tuned": {"mode": "max-autotune-no-cudagraphs"}}
