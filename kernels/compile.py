@@ -18,6 +18,7 @@ Importing this module loads neither cuda.core nor NVRTC nor the driver: the func
 import functools
 import hashlib
 import os
+import struct
 import sys
 import tempfile
 import threading
@@ -143,10 +144,24 @@ def starting_with(code: bytes, registers: int) -> bytes:
     thread may start with fewer, and a block of more threads fits.
     """
     attribute = bytes((0x04, 0x2F, 0x08, 0x00))  # EIATTR_REGCOUNT: the kernel's symbol and the count, 4 bytes each
-    if code.count(attribute) != 1:
-        raise RuntimeError(f"the cubin must hold one register count, got {code.count(attribute)}")
-    at = code.index(attribute) + 8
+    begin, end = _section(code, b".nv.info")  # instructions may hold the same bytes
+    if code.count(attribute, begin, end) != 1:
+        raise RuntimeError(f"the cubin must hold one register count, got {code.count(attribute, begin, end)}")
+    at = code.index(attribute, begin, end) + 8
     return code[:at] + registers.to_bytes(4, "little") + code[at + 4 :]
+
+
+def _section(elf: bytes, name: bytes) -> tuple[int, int]:
+    """Where a section of an ELF file (64 bits, little-endian) begins and ends; nowhere if there is none."""
+    if elf.startswith(b"\x7fELF"):
+        (table,), (size, count, names) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<3H", elf, 58)
+        # of each: where its name is, type, flags, address, offset, size
+        headers = [struct.unpack_from("<2I4Q", elf, table + i * size) for i in range(count)]
+        for at, _, _, _, offset, length in headers:
+            first = headers[names][4] + at
+            if elf[first : elf.index(b"\0", first)] == name:
+                return offset, offset + length
+    return 0, 0
 
 
 @contextmanager

@@ -180,5 +180,12 @@ def test_a_block_of_three_consumers_fits(name, dtype, tmp_path):
     for part, registers in ((sass[:take], start), (reachable(sass, take), taken), (reachable(sass, give), kept)):
         assert len(part) > 40
         assert max(int(register) for line in part for register in re.findall(r"\bR(\d+)\b", line)) < registers
-    with pytest.raises(RuntimeError, match="must hold one register count, got 0"):
-        compile.starting_with(b"no cubin", start)
+
+
+def test_register_counts_are_not_looked_for_among_instructions():
+    code = matmul("sparse_mm", torch.bfloat16)
+    same_bytes = bytes((0x04, 0x2F, 0x08, 0x00, 1, 0, 0, 0, 2, 0, 0, 0))  # of a count, in no section of them
+    assert compile.starting_with(code + same_bytes, 128) == compile.starting_with(code, 128) + same_bytes != code
+    for without in (b"no cubin", code.replace(b".nv.info", b".no.info")):
+        with pytest.raises(RuntimeError, match="must hold one register count, got 0"):
+            compile.starting_with(without, 128)
