@@ -44,6 +44,8 @@ template <int LEFT> void wgmma_wait() {}
 template <int, bool, bool> void wgmma_sparse(float (&)[128], u64, u64, u32) {}
 template <bool, bool> void wgmma_dense(float (&)[128], u64, u64) {}
 inline void wgmma_dense_e4m3(float (&)[128], u64, u64) {}
+inline void wgmma_sparse_e4m3(float (&)[128], u64, u64, u32) {}
+inline float __uint_as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline uint4 load_metadata(const uint4* pointer) { return *pointer; }
 inline void prefetch(const void*) {}
 inline float root(float x) { return std::sqrt(x); }
@@ -68,9 +70,11 @@ void walk(const Kernel& kernel, const Shape& shape) {
   for (int rank = 0; rank < CLUSTER; ++rank) {
     for (int position = 0; tile_at(shape, position, 1, 0, rank, tile); ++position) {
       for (int i = lane; i < TILE_N; i += 32) {
-        const u16* bias = kernel.of_columns().bias;
-        const u16 value = bias != nullptr && tile.column + i < shape.columns ? bias[tile.column + i] : 0;
-        memcpy(arena + ring.biases() + 2 * i, &value, 2);
+        const OfColumns all = kernel.of_columns();
+        const bool there = tile.column + i < shape.columns;
+        const u16 bias = all.bias != nullptr && there ? all.bias[tile.column + i] : 0;
+        const float scale = all.scale != nullptr && there ? all.scale[tile.column + i] : 1;
+        memcpy(arena + ring.biases() + 2 * i, &bias, 2), memcpy(arena + ring.scales() + 4 * i, &scale, 4);
       }
       __syncwarp();
       for (int warp = 0; warp < 4 * tile.height; ++warp) {
@@ -120,8 +124,15 @@ ENTRIES = {  # parameters and call, by source
         "const u16* packed, const uint4* metadata, u16* out",
         f"grad_hidden({NONE}, packed, metadata, out, *shape)",
     ),
+    "sparse_mm_fp8": (
+        "const uint4* metadata, const u16* bias, u16* out, const float* row_scale, const float* weight_scale",
+        f"sparse_mm_fp8({NONE}, metadata, bias, out, row_scale, weight_scale, *shape)",
+    ),
+    "linear_relu2_sparsify_fp8": (
+        "const u16* bias, u16* kept, uint4* metadata, const float* x_scale, const float* weight_scale, u16* parts",
+        f"linear_relu2_sparsify_fp8({NONE}, bias, kept, metadata, x_scale, weight_scale, parts, *shape)",
+    ),
 }
-NAMES = [name for name in plans.DEFINES if "fp8" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +157,7 @@ def end(tmp_path_factory):
         return ctypes.CDLL(str(path / f"{name}.so"))
 
     with ThreadPoolExecutor(2) as pool:
-        libraries = dict(zip(NAMES, pool.map(build, NAMES)))
+        libraries = dict(zip(plans.DEFINES, pool.map(build, plans.DEFINES)))
 
     def call(name, products, *tensors):
         shape, clusters = schedule.share_out(*products.shape, 4, 1)
@@ -185,7 +196,7 @@ def test_results(size, name, end):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "wise" in name])
+@pytest.mark.parametrize("name", [name for name in plans.DEFINES if "wise" in name])
 @pytest.mark.parametrize("size", [(64, 64), (192, 128), (448, 320)], ids=str)
 def test_gradients_of_weights(size, name, end):
     """Some features' rows come from elsewhere."""
@@ -208,3 +219,28 @@ def test_the_gradient_of_the_hidden_activation(size, end):
     got = torch.full_like(want, 7)
     end("grad_hidden", products, packed, metadata, got)
     assert torch.equal(got, want)
+
+
+def powers(count):
+    return 2.0 ** torch.randint(-2, 3, (count,))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_results_in_fp8(size, end):
+    products, bias, row_scale, weight_scale = integers(*size), integers(size[1]).to(BF16), *map(powers, size)
+    want = (products * row_scale[:, None] * weight_scale + bias.float()).to(BF16)
+    got = torch.full_like(want, 7)
+    end("sparse_mm_fp8", products, None, bias, got, row_scale, weight_scale)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_packing_in_fp8(size, end):
+    """Before squares become e4m3: what is kept of relu(h), and the largest of each row in each tile."""
+    products, bias, x_scale, weight_scale = torch.randn(size).half().float(), integers(size[1]), *map(powers, size)
+    relu = (products * x_scale[:, None] * weight_scale + bias).to(BF16).clamp_min(0)
+    parts = torch.stack([tile.amax(1) for tile in relu.split(schedule.TILE_COLUMNS, 1)], 1)
+    want = *reference.sparsify(relu), parts
+    got = kept, metadata, largest = [torch.full_like(each, 7) for each in want]
+    end("linear_relu2_sparsify_fp8", products, bias.to(BF16), kept, metadata, x_scale, weight_scale, largest)
+    assert all(map(torch.equal, got, want))
