@@ -90,6 +90,16 @@ extern "C" void run_active_{fp8}_{eights}_{column_warps}(
 )
 
 
+def built(path, name, *sources):
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+    subprocess.run(["g++", *options, *sources, "-o", f"{name}.so"], check=True, cwd=path)
+    return ctypes.CDLL(str(path / f"{name}.so"))
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     path = tmp_path_factory.mktemp("host")
@@ -112,16 +122,10 @@ def host(tmp_path_factory):
     (path / "active.cu").write_text(here.replace(dynamic, "u8* const shared = arena;").replace('extern "C"', ""))
     (path / "main.cpp").write_text(MAIN)
     (path / "few.cpp").write_text(ACTIVE)
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-    subprocess.run(["g++", *options, "main.cpp", "few.cpp", "-o", "host.so"], check=True, cwd=path)
-    library = ctypes.CDLL(str(path / "host.so"))
+    library = built(path, "host", "main.cpp", "few.cpp")
 
     def call(name, *arguments):
-        made = [
-            ctypes.c_longlong(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
-            for a in arguments
-        ]
-        getattr(library, name)(*made)
+        getattr(library, name)(*(ctypes.c_longlong(a) if isinstance(a, int) else pointer(a) for a in arguments))
 
     return call
 

@@ -6,12 +6,12 @@ columns and blocks of metadata. The products themselves, and what brings in thei
 
 import ctypes
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from test_host import built, pointer, poisoned
 
 from ao_act24.kernels import compile, plans, reference, schedule
 
@@ -152,9 +152,7 @@ def end(tmp_path_factory):
         lines = [f"#define {macro} {value}" for macro, value in defines.items()]
         code = "\n".join(['#include "ptx.cuh"', *lines, f'#include "{source}.cu"', RUN % (name, *ENTRIES[source])])
         (path / f"{name}.cpp").write_text(code)
-        options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-        subprocess.run(["g++", *options, f"{name}.cpp", "-o", f"{name}.so"], check=True, cwd=path)
-        return ctypes.CDLL(str(path / f"{name}.so"))
+        return built(path, name, f"{name}.cpp")
 
     with ThreadPoolExecutor(2) as pool:
         libraries = dict(zip(plans.DEFINES, pool.map(build, plans.DEFINES)))
@@ -162,8 +160,7 @@ def end(tmp_path_factory):
     def call(name, products, *tensors):
         shape, clusters = schedule.share_out(*products.shape, 4, 1)
         assert clusters == 1
-        pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors)
-        getattr(libraries[name], f"run_{name}")(ctypes.c_void_p(products.data_ptr()), ctypes.byref(shape), *pointers)
+        getattr(libraries[name], f"run_{name}")(pointer(products), ctypes.byref(shape), *map(pointer, tensors))
 
     return call
 
@@ -180,7 +177,7 @@ SIZES = [(1, 64), (13, 192), (200, 320), (389, 576)]
 def test_packing(size, with_bias, end):
     h, bias = torch.randn(size), torch.randn(size[1]).to(BF16)
     want = reference.relu2_sparsify((h + bias.float() if with_bias else h).to(BF16))
-    got = [torch.full_like(each, 7) for each in want]
+    got = [*map(poisoned, want)]
     end("linear_relu2_sparsify", h, bias if with_bias else None, *got)
     assert all(map(torch.equal, got, want))
 
@@ -191,7 +188,7 @@ def test_results(size, name, end):
     products, bias = integers(*size), integers(size[1]).to(BF16)
     for each in (bias, None):
         want = (products if each is None else products + each.float()).to(BF16)
-        got = torch.full_like(want, 7)
+        got = poisoned(want)
         end(name, products, None, each, got, None, None)
         assert torch.equal(got, want)
 
@@ -206,7 +203,7 @@ def test_gradients_of_weights(size, name, end):
     want = products.to(BF16)
     want[chosen] = exact
     want = want.t().contiguous() if "transposed" in name else want
-    got = torch.full_like(want, 7)
+    got = poisoned(want)
     end(name, products, None, None, got, exact, slots)
     assert torch.equal(got, want)
 
@@ -216,7 +213,7 @@ def test_the_gradient_of_the_hidden_activation(size, end):
     products = integers(*size)
     packed, metadata = reference.relu2_sparsify(integers(*size).to(BF16))
     want = reference.gather(products.to(BF16), metadata) * (packed.sqrt() * 2)
-    got = torch.full_like(want, 7)
+    got = poisoned(want)
     end("grad_hidden", products, packed, metadata, got)
     assert torch.equal(got, want)
 
@@ -229,7 +226,7 @@ def powers(count):
 def test_results_in_fp8(size, end):
     products, bias, row_scale, weight_scale = integers(*size), integers(size[1]).to(BF16), *map(powers, size)
     want = (products * row_scale[:, None] * weight_scale + bias.float()).to(BF16)
-    got = torch.full_like(want, 7)
+    got = poisoned(want)
     end("sparse_mm_fp8", products, None, bias, got, row_scale, weight_scale)
     assert torch.equal(got, want)
 
@@ -241,6 +238,6 @@ def test_packing_in_fp8(size, end):
     relu = (products * x_scale[:, None] * weight_scale + bias).to(BF16).clamp_min(0)
     parts = torch.stack([tile.amax(1) for tile in relu.split(schedule.TILE_COLUMNS, 1)], 1)
     want = *reference.sparsify(relu), parts
-    got = kept, metadata, largest = [torch.full_like(each, 7) for each in want]
+    got = kept, metadata, largest = [*map(poisoned, want)]
     end("linear_relu2_sparsify_fp8", products, bias.to(BF16), kept, metadata, x_scale, weight_scale, largest)
     assert all(map(torch.equal, got, want))
